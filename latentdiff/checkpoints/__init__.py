@@ -1,0 +1,1 @@
+"""Checkpoint files as named arrays, and back; no networks."""

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: no networks, no images; plain arrays of any shape (B, ...)."""

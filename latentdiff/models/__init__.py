@@ -1,0 +1,1 @@
+"""The networks: no noise, no sampling."""
