@@ -6,7 +6,8 @@ data as those of a trained model do, and a picture's difference measures the sam
 rounded to float16, so a file of either precision holds the same model.
 
 What the two differ in is what SD 1.x and 2.x differ in: convolutions or dense layers around the transformer, quick or
-exact GELU in the text encoder, what pads the tokens, eps or v, PNDM or DDIM, and which of the two forms a tokenizer has.
+exact GELU in the text encoder, what pads the tokens, eps or v, PNDM or DDIM, and the form in
+which a tokenizer is kept.
 """
 
 import json
