@@ -64,7 +64,11 @@ def whole_time_levels(schedule: Schedule, timesteps: np.ndarray, set_alpha_to_on
 
 
 def ratio_levels(
-    schedule: Schedule, timesteps: np.ndarray, final_sigmas_type: str, karras: str | None = None
+    schedule: Schedule,
+    timesteps: np.ndarray,
+    final_sigmas_type: str,
+    karras: str | None = None,
+    ends_unscaled: bool = False,
 ) -> list[Level]:
     """The levels at timesteps that need not be whole, by way of the ratio of noise to signal.
 
@@ -75,6 +79,8 @@ def ratio_levels(
         karras: None keeps the ratios of `timesteps`. "visited" replaces them by Karras' between the first and the last
             of them, and tells the network the fractional timestep; "whole" by Karras' over the whole schedule, and
             tells the network the nearest whole timestep.
+        ends_unscaled: whether a final "sigma_min" is x0 + ratio * eps rather than that times the signal, which is what
+            diffusers' Euler, counting in x / signal, ends at.
 
     Returns:
         n + 1 levels, the last one final.
@@ -90,7 +96,12 @@ def ratio_levels(
         timesteps = np.interp(np.log(ratios), np.log(table), np.arange(schedule.T))
         # diffusers rounds here for DPM-Solver++ and UniPC, not for Euler and Heun.
         timesteps = timesteps if karras == "visited" else timesteps.round()
-    final = CLEAN if final_sigmas_type == "zero" else _level_of_ratio(0.0, table[0])
+    if final_sigmas_type == "zero":
+        final = CLEAN
+    elif ends_unscaled:
+        final = Level(0.0, 1.0, float(table[0]))
+    else:
+        final = _level_of_ratio(0.0, table[0])
     return [*map(_level_of_ratio, timesteps, ratios), final]
 
 

@@ -161,7 +161,7 @@ def make_table(
         )
         # diffusers gives Euler alone a choice of where to end.
         final = final_sigmas_type if family == "euler" else "zero"
-        levels = ratio_levels(schedule, timesteps, final, "visited" if karras else None)
+        levels = ratio_levels(schedule, timesteps, final, "visited" if karras else None, ends_unscaled=True)
         rows = heun_rows(levels) if family == "heun" else ddim_rows(levels, float(family == "euler_ancestral"))
     else:
         timesteps = spaced_timesteps_without_last(T, num_steps, spacing, steps_offset)

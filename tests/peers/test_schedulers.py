@@ -97,7 +97,7 @@ def peer_sample(scheduler, num_steps, monkeypatch, step_noise=(), **step_argumen
 
 
 def assert_equal(table, peer, prediction="eps", tolerance=TOLERANCE):
-    np.testing.assert_allclose(table.timestep[: table.num_rows], peer.timesteps, atol=1e-3)
+    np.testing.assert_allclose(table.timestep[: table.num_rows], peer.timesteps, rtol=1e-5, atol=1e-3)
     ours = our_sample(table, prediction)
     assert np.abs(ours - peer.x).max() <= tolerance * np.abs(peer.x).max()
 
@@ -142,30 +142,23 @@ def test_ddim_and_pndm_trailing_agree_with_diffusers_where_steps_divide_the_sche
 @pytest.mark.parametrize("sampler", ["ddim", "pndm"])
 def test_ddim_and_pndm_step_to_the_next_visited_time_where_diffusers_does_not(sampler, spacing, monkeypatch):
     """diffusers steps from t to t - T // n, whatever comes next (its issues 11347 and 12633)."""
-    num_steps = 12
-    table = make_table(sampler, scaled_linear_schedule(), num_steps, spacing=spacing)
     scheduler = peer_scheduler(sampler, spacing=spacing)
-    uncorrected = peer_sample(scheduler, num_steps, monkeypatch)
-    assert np.abs(our_sample(table, "eps") - uncorrected.x).max() > 10 * TOLERANCE
+    peer = peer_sample(scheduler, 12, monkeypatch)
+    table = make_table(sampler, scaled_linear_schedule(), 12, spacing=spacing)
+    assert np.abs(our_sample(table, "eps") - peer.x).max() > 10 * TOLERANCE * np.abs(peer.x).max()
 
-    alphas_cumprod = scheduler.alphas_cumprod
-    visited = sorted({int(t) for t in uncorrected.timesteps})
-
-    class AtNextVisited:
-        """alphas_cumprod that answers for t - T // n with the next time that is visited."""
-
-        def __getitem__(self, t):
-            t = int(t)
-            if t in visited:
-                return alphas_cumprod[t]
-            below = [k for k in visited if k < t + scheduler.config.num_train_timesteps // num_steps]
-            return alphas_cumprod[below[-1]] if below else scheduler.final_alpha_cumprod
-
-    if sampler == "ddim":
-        scheduler.alphas_cumprod = AtNextVisited()
-        if spacing == "trailing":
-            pytest.skip("some of its wrong times are visited ones")
-        assert_equal(table, peer_sample(scheduler, num_steps, monkeypatch))
+    alphas_cumprod = scheduler.alphas_cumprod.numpy().astype(np.float64)
+    timesteps = sorted({int(t) for t in peer.timesteps}, reverse=True)
+    if sampler == "pndm":
+        next_signal, next_noise = np.sqrt(alphas_cumprod[timesteps[1]]), np.sqrt(1 - alphas_cumprod[timesteps[1]])
+        np.testing.assert_allclose(table.matrix[0, 0, 4:6], [next_signal, next_noise], rtol=1e-5)
+        return
+    x = noise_fn(0)
+    for t, s in zip(timesteps, [*timesteps[1:], 0], strict=True):  # Song et al. 2021, eq. 12
+        eps_hat = network(x, t)
+        x0_hat = (x - np.sqrt(1 - alphas_cumprod[t]) * eps_hat) / np.sqrt(alphas_cumprod[t])
+        x = np.sqrt(alphas_cumprod[s]) * x0_hat + np.sqrt(1 - alphas_cumprod[s]) * eps_hat
+    np.testing.assert_allclose(our_sample(table, "eps"), x, atol=TOLERANCE * np.abs(x).max())
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
@@ -213,6 +206,8 @@ def test_zero_terminal_snr_agrees_with_diffusers(sampler, monkeypatch):
 @pytest.mark.parametrize("sampler", CLASSES)
 @pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
 def test_other_schedules_agree_with_diffusers(name, sampler, monkeypatch):
+    if name == "squaredcos_cap_v2" and sampler.endswith("karras"):
+        pytest.skip("diffusers visits timestep 999 twice there, starts at the second visit, and runs out of range")
     schedule = linear_schedule() if name == "linear" else cosine_schedule()
     peer = {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02}
     # The cosine's last alphas_cumprod is 2e-9: float32 has few digits of it left.
@@ -225,11 +220,3 @@ def test_a_thousand_steps_stay_in_range_where_diffusers_do_not(monkeypatch):
         peer_sample(peer_scheduler("ddim"), 1000, monkeypatch)
     table = make_table("ddim", scaled_linear_schedule(), 1000)
     assert_equal(table, peer_sample(peer_scheduler("ddim", steps_offset=0), 1000, monkeypatch))
-
-
-def test_pndm_for_eps_is_better_for_a_v_network_than_diffusers():
-    """diffusers combines v (its issue 14816). The same network, told as eps, goes the paper's way."""
-    schedule = scaled_linear_schedule()
-    truth = our_sample(make_table("heun", schedule, 400), "v")
-    error = {p: np.abs(our_sample(make_table("pndm", schedule, 40, prediction=p), "v") - truth).max() for p in "v eps".split()}
-    assert error["eps"] < error["v"]
