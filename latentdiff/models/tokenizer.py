@@ -27,6 +27,7 @@ from latentdiff.models.tokenizer_files import (
 __all__ = ["AddedToken", "CLIPTokenizer", "TruncationWarning"]
 
 _END_OF_WORD = "</w>"
+_SPACE = "\u0120"  # stands for the byte 0x20 in the byte-level alphabet
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -217,13 +218,11 @@ class CLIPTokenizer:
             ids = ids[:-1]
         pieces = []
         for token in map(self._token_of.__getitem__, ids):
-            if token in self.added_tokens:
-                pieces.append(f" {token} ".replace(" ", _SPACE))
-            elif token.endswith(_END_OF_WORD):
+            if token in self.added_tokens or token.endswith(_END_OF_WORD):
                 pieces.append(token.removesuffix(_END_OF_WORD) + _SPACE)
             else:
                 pieces.append(token)
-        return " ".join(self._engine.decoder.decode(pieces).split(" ")).strip()
+        return self._engine.decoder.decode(pieces).strip()
 
     def _make_engine(self):
         # imported here: `import latentdiff` must not wait for it
@@ -255,9 +254,6 @@ class CLIPTokenizer:
         engine.decoder = decoders.ByteLevel()
         engine.add_tokens([tokenizers.AddedToken(token, **asdict(how)) for token, how in self.added_tokens.items()])
         return engine
-
-
-_SPACE = "\u0120"  # stands for the byte 0x20 in the byte-level alphabet
 
 
 def _check_prompts(prompts: Any) -> list[str]:

@@ -96,21 +96,21 @@ def read_tokenizer(path: str | os.PathLike) -> dict[str, Any]:
             stated[content] = (AddedToken(normalized=not special, special=special), token_id)
         for value in whole_added:
             content, flags = _added_token(value, whole_file)
-            stated[content] = (flags, value.get("id"))
+            stated[content] = (flags, value.get("id") if isinstance(value, dict) else None)
     added = _number_added_tokens(stated, vocabulary, directory)
 
-    names = {}
-    for key in _NAMED_TOKENS:
-        if settings.get(key) is None:
-            continue
-        names[key], flags = _added_token(settings[key], directory)
-        if names[key] not in stated:
-            added[names[key]] = flags
+    special = {key: settings[key] for key in _NAMED_TOKENS if settings.get(key) is not None}
+    names = {key: _added_token(value, directory)[0] for key, value in special.items()}
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    for value in extra.values() if isinstance(extra, dict) else _list(extra, f"{directory}: extra special tokens"):
+    extra = extra if isinstance(extra, dict) else dict(enumerate(_list(extra, f"{directory}: extra special tokens")))
+    for key, value in [*special.items(), *extra.items()]:
         content, flags = _added_token(value, directory)
-        if content not in stated:
-            added[content] = flags
+        if content in stated:
+            continue
+        if content not in vocabulary:
+            rule = "special tokens must be in the vocabulary, or be added tokens with an id"
+            raise ValueError(f"{directory}: {rule}. Received: {key}={_short(content)}")
+        added[content] = flags
     for side in ("padding_side", "truncation_side"):
         if config.get(side, "right") != "right":
             raise ValueError(f"{config_file}: `{side}` must be 'right', CLIP's. Received: {_short(config[side])}")
@@ -157,7 +157,7 @@ def write_tokenizer(path: str | os.PathLike, arguments: dict[str, Any], token_id
             str(token_ids[content]): added[content] for content in sorted(added, key=token_ids.__getitem__)
         },
         **named,
-        "clean_up_tokenization_spaces": True,
+        "clean_up_tokenization_spaces": False,  # True makes transformers 5 warn when it decodes
         "do_lower_case": True,
         "errors": "replace",
         "model_max_length": arguments["context_length"],
