@@ -15,6 +15,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 
 PROMPT ?= a red heart, noto style
 OUTPUT ?= out.png
+export PROMPT OUTPUT
 
 # PyPI's own build for Linux brings several GB of CUDA along. Where PyTorch's index can be reached, the CPU build is
 #   make peers TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -39,8 +40,6 @@ JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 run: $(VENV)/.run
 	$(VENV)/bin/latentdiff generate "$$PROMPT" --output "$$OUTPUT"
-run: export PROMPT := $(PROMPT)
-run: export OUTPUT := $(OUTPUT)
 
 test: $(VENV)/.test
 	KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest tests --ignore=tests/peers
@@ -86,10 +85,13 @@ $(VENV)/.lint: $(PINNED) | $(VENV)/bin/python
 	$(VENV)/bin/python $(INSTALL) --editable ".[test,lint]"
 	touch $(VENV)/.run $(VENV)/.test $@
 
+# The peers lie on top of what the tests use, in an environment of their own, so that `make test` never sees torch.
 # torch comes first and alone, so that the build chosen above stays.
-$(VENV_PEERS)/.peers: $(PINNED) | $(VENV_PEERS)/bin/python
+$(VENV_PEERS)/.peers: $(VENV)/.test | $(VENV_PEERS)/bin/python
+	site() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(site $(VENV))')" > "$$(site $(VENV_PEERS))/tests.pth"
 	$(VENV_PEERS)/bin/python $(INSTALL) $(TORCH)
-	$(VENV_PEERS)/bin/python $(INSTALL) --editable ".[test,peers]"
+	$(VENV_PEERS)/bin/python $(INSTALL) --editable ".[peers]"
 	touch $@
 
 $(VENV)/bin/python $(VENV_PEERS)/bin/python:
