@@ -15,8 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.checkpoints import diffusers_autoencoder, diffusers_text_encoder, diffusers_unet
-from latentdiff.checkpoints.files import CheckpointError, read_json, replaced_directory, write_json
+from latentdiff.checkpoints import (
+    diffusers_autoencoder,
+    diffusers_text_encoder,
+    diffusers_unet,
+)
+from latentdiff.checkpoints.files import (
+    CheckpointError,
+    read_json,
+    replaced_directory,
+    write_json,
+)
 from latentdiff.checkpoints.key_map import Entry, Weights, as_dtype, cast, match
 from latentdiff.checkpoints.safetensors_files import open_weights, write_file
 
@@ -40,9 +49,19 @@ class Kind:
 
 KINDS = {
     "unet": Kind(
-        "unet", "diffusers", ("UNet2DConditionModel",), "diffusion_pytorch_model", diffusers_unet
+        "unet",
+        "diffusers",
+        ("UNet2DConditionModel",),
+        "diffusion_pytorch_model",
+        diffusers_unet,
     ),
-    "autoencoder": Kind("vae", "diffusers", ("AutoencoderKL",), "diffusion_pytorch_model", diffusers_autoencoder),
+    "autoencoder": Kind(
+        "vae",
+        "diffusers",
+        ("AutoencoderKL",),
+        "diffusion_pytorch_model",
+        diffusers_autoencoder,
+    ),
     "text_encoder": Kind(
         "text_encoder",
         "transformers",
@@ -154,7 +173,14 @@ def read_component(
     tensors = open_weights(directory, KINDS[kind].stem, variant)
     ignored = {name for name in KINDS[kind].ignored_keys if name in tensors}
     sources = match(key_map(kind, config), tensors, ignored, str(directory))
-    return Component(kind, directory, config, details, Weights(sources, target), tuple(sorted(ignored)))
+    return Component(
+        kind,
+        directory,
+        config,
+        details,
+        Weights(sources, target),
+        tuple(sorted(ignored)),
+    )
 
 
 def key_map(kind: str, config: Mapping[str, Any]) -> list[Entry]:

@@ -126,10 +126,20 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
     latent, image = config["latent_channels"], config["image_channels"]
 
     def middle(half: str) -> list[Entry]:
-        entries = resnet(f"{half}.mid_block.resnets.0", f"{half}/mid_resnet_0", channels[-1], channels[-1])
+        entries = resnet(
+            f"{half}.mid_block.resnets.0",
+            f"{half}/mid_resnet_0",
+            channels[-1],
+            channels[-1],
+        )
         if config["mid_attention"]:
             entries += _attention(f"{half}.mid_block.attentions.0", f"{half}/mid_attention", channels[-1])
-        return entries + resnet(f"{half}.mid_block.resnets.1", f"{half}/mid_resnet_1", channels[-1], channels[-1])
+        return entries + resnet(
+            f"{half}.mid_block.resnets.1",
+            f"{half}/mid_resnet_1",
+            channels[-1],
+            channels[-1],
+        )
 
     entries = conv("encoder.conv_in", "encoder/conv_in", 3, image, channels[0])
     width = channels[0]

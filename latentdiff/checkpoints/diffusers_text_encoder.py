@@ -84,7 +84,12 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
     """
     require_arguments(config, ARGUMENTS, "a text encoder")
     last = config["vocabulary_size"] - 1
-    stated = {"projection_dim": config["width"], "bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    stated = {
+        "projection_dim": config["width"],
+        "bos_token_id": last - 1,
+        "eos_token_id": last,
+        "pad_token_id": last,
+    }
     stated.update({name: details[name] for name in _DETAILS if name in details})
     return {
         "architectures": ["CLIPTextModel"],

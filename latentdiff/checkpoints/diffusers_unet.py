@@ -188,7 +188,14 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
     time = 4 * channels[0]
 
     def transformer(key: str, path: str, width: int, depth: int) -> list[Entry]:
-        return _transformer(key, path, width, depth, config["context_dim"], bool(config["dense_projection"]))
+        return _transformer(
+            key,
+            path,
+            width,
+            depth,
+            config["context_dim"],
+            bool(config["dense_projection"]),
+        )
 
     entries = conv("conv_in", "conv_in", 3, config["in_channels"], channels[0])
     entries += dense("time_embedding.linear_1", "time_mlp_1", channels[0], time)
@@ -197,15 +204,30 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
     width = channels[0]
     for i, outputs in enumerate(channels):
         for j in range(blocks):
-            entries += resnet(f"down_blocks.{i}.resnets.{j}", f"down_{i}_resnet_{j}", width, outputs, time)
+            entries += resnet(
+                f"down_blocks.{i}.resnets.{j}",
+                f"down_{i}_resnet_{j}",
+                width,
+                outputs,
+                time,
+            )
             if attention[i]:
                 entries += transformer(
-                    f"down_blocks.{i}.attentions.{j}", f"down_{i}_attention_{j}", outputs, depths[i]
+                    f"down_blocks.{i}.attentions.{j}",
+                    f"down_{i}_attention_{j}",
+                    outputs,
+                    depths[i],
                 )
             width = outputs
             skips.append(width)
         if i < levels - 1:
-            entries += conv(f"down_blocks.{i}.downsamplers.0.conv", f"down_{i}_downsample/conv", 3, width, width)
+            entries += conv(
+                f"down_blocks.{i}.downsamplers.0.conv",
+                f"down_{i}_downsample/conv",
+                3,
+                width,
+                width,
+            )
             skips.append(width)
     entries += resnet("mid_block.resnets.0", "mid_resnet_0", width, width, time)
     if config["mid_attention"]:
@@ -215,12 +237,29 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
         level = levels - 1 - i
         for j in range(blocks + 1):
             inputs = width + skips.pop()
-            entries += resnet(f"up_blocks.{i}.resnets.{j}", f"up_{i}_resnet_{j}", inputs, outputs, time)
+            entries += resnet(
+                f"up_blocks.{i}.resnets.{j}",
+                f"up_{i}_resnet_{j}",
+                inputs,
+                outputs,
+                time,
+            )
             if attention[level]:
-                entries += transformer(f"up_blocks.{i}.attentions.{j}", f"up_{i}_attention_{j}", outputs, depths[level])
+                entries += transformer(
+                    f"up_blocks.{i}.attentions.{j}",
+                    f"up_{i}_attention_{j}",
+                    outputs,
+                    depths[level],
+                )
             width = outputs
         if level > 0:
-            entries += conv(f"up_blocks.{i}.upsamplers.0.conv", f"up_{i}_upsample/conv", 3, width, width)
+            entries += conv(
+                f"up_blocks.{i}.upsamplers.0.conv",
+                f"up_{i}_upsample/conv",
+                3,
+                width,
+                width,
+            )
     entries += norm("conv_norm_out", "norm_out", width)
     return entries + conv("conv_out", "conv_out", 3, width, config["out_channels"])
 
@@ -295,7 +334,10 @@ def _one_for_all(fields: Fields, name: str, levels: int, high: int) -> int:
 
 def _read_attention(fields: Fields, levels: int) -> tuple[bool, ...]:
     down, up = fields.words("down_block_types"), fields.words("up_block_types")
-    for name, types, known in (("down_block_types", down, DOWN_TYPES), ("up_block_types", up, UP_TYPES)):
+    for name, types, known in (
+        ("down_block_types", down, DOWN_TYPES),
+        ("up_block_types", up, UP_TYPES),
+    ):
         if len(types) != levels or not all(word in known for word in types):
             fields.refuse(name, list(types), f"{levels} of {' or '.join(known)}")
             return (True,) * levels

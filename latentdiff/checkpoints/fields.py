@@ -76,7 +76,9 @@ class Fields:
         """A list of words."""
         value = self.take(name)
         if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value) or len(value) > 16:
-            raise CheckpointError(f"`{name}` must be a list of words. Received: {name}={value!r:.200} in `{self.source}`")
+            raise CheckpointError(
+                f"`{name}` must be a list of words. Received: {name}={value!r:.200} in `{self.source}`"
+            )
         return tuple(value)
 
     def require(self, name: str, *allowed: Any) -> None:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a sharded model is a hundredth of this
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+)
 MODEL_FILES = ("model_index.json", "config.json", "scheduler_config.json")
 
 

@@ -1,8 +1,8 @@
 """Key maps: a foreign tensor's names, this package's variable path, and how the one becomes the other.
 
 A convolution lies as (O, I, kh, kw) in torch's files and as (kh, kw, I, O) here, a dense kernel as (out, in) there and
-(in, out) here; vectors and embeddings lie alike. A 1 x 1 convolution and a dense kernel hold the same numbers, so that a
-file may store either for either.
+(in, out) here; vectors and embeddings lie alike. A 1 x 1 convolution and a dense kernel hold the same numbers, so that
+a file may store either for either.
 """
 
 from __future__ import annotations
@@ -90,7 +90,13 @@ class Weights(Mapping[str, np.ndarray]):
     def __getitem__(self, path: str) -> np.ndarray:
         entry, tensor = self._sources[path]
         stored = tensor.view()
-        return entry.from_foreign(cast(stored, self._dtype or stored.dtype, f"`{tensor.name}` of `{tensor.file}`"))
+        return entry.from_foreign(
+            cast(
+                stored,
+                self._dtype or stored.dtype,
+                f"`{tensor.name}` of `{tensor.file}`",
+            )
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -138,7 +144,10 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def match(
-    entries: list[Entry], tensors: Mapping[str, StoredTensor], ignored: set[str], source: str
+    entries: list[Entry],
+    tensors: Mapping[str, StoredTensor],
+    ignored: set[str],
+    source: str,
 ) -> dict[str, tuple[Entry, StoredTensor]]:
     """Each variable with the tensor that fills it.
 
@@ -169,7 +178,7 @@ def match(
     problems += [f"left over: {name} {tensors[name].shape}" for name in sorted(unused)]
     if problems:
         raise CheckpointError(
-            f"The weights in `{source}` must be those that its configuration asks for. {len(problems)} keys are not:\n  "
+            f"The weights in `{source}` must be those that its configuration asks for. {len(problems)} are not:\n  "
             + "\n  ".join(problems)
         )
     return sources

@@ -173,7 +173,10 @@ def find_weights(directory: Path, stem: str, variant: str | None = None) -> Path
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise ValueError(f'`variant` must be a plain word such as "fp16". Received: variant={variant!r}')
     middle = f".{variant}" if variant else ""
-    for name in (f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json"):
+    for name in (
+        f"{stem}{middle}.safetensors",
+        f"{stem}.safetensors.index{middle}.json",
+    ):
         if (directory / name).is_file():
             return directory / name
     pattern = re.compile(
@@ -206,7 +209,12 @@ def open_weights(directory: Path, stem: str, variant: str | None = None) -> dict
     return open_index(path) if path.suffix == ".json" else open_file(path)
 
 
-def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str, arrays: Iterable[np.ndarray]) -> None:
+def write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    code: str,
+    arrays: Iterable[np.ndarray],
+) -> None:
     """Writes one safetensors file, an array at a time, as torch's users expect it.
 
     Args:
@@ -219,7 +227,11 @@ def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str, arr
     begin = 0
     for name, shape in shapes.items():
         end = begin + math.prod(shape) * ITEM_BYTES[code]
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": code,
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -236,7 +248,11 @@ def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str, arr
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
     if start == b"version ":
         raise CheckpointError(f"`{path}` is a Git LFS pointer and not the weights. Fetch them with `git lfs pull`.")
-    if path.name.endswith(PICKLE_SUFFIXES) or start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
+    if (
+        path.name.endswith(PICKLE_SUFFIXES)
+        or start[:2] == b"PK"
+        or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
+    ):
         if not path.name.endswith(".safetensors") or start[:4] == b"PK\x03\x04":
             raise CheckpointError(_pickle_message(path.parent, [path.name]))
     if size < 8:
@@ -251,7 +267,7 @@ def _pickle_message(directory: Path, names: list[str]) -> str:
 
 
 def _check_header(header: dict, content_size: int, path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Name -> (dtype, shape, first byte), once every entry is sound and they fill the content without hole or overlap."""
+    """Name -> (dtype, shape, first byte), once they are sound and fill the content without hole or overlap."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"`{path}`: `__metadata__` must map strings to strings.")
