@@ -15,17 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.checkpoints import (
-    diffusers_autoencoder,
-    diffusers_text_encoder,
-    diffusers_unet,
-)
-from latentdiff.checkpoints.files import (
-    CheckpointError,
-    read_json,
-    replaced_directory,
-    write_json,
-)
+from latentdiff.checkpoints import diffusers_autoencoder, diffusers_text_encoder, diffusers_unet
+from latentdiff.checkpoints.files import CheckpointError, read_json, replaced_directory, write_json
 from latentdiff.checkpoints.key_map import Entry, Weights, as_dtype, cast, match
 from latentdiff.checkpoints.safetensors_files import open_weights, write_file
 
@@ -48,20 +39,8 @@ class Kind:
 
 
 KINDS = {
-    "unet": Kind(
-        "unet",
-        "diffusers",
-        ("UNet2DConditionModel",),
-        "diffusion_pytorch_model",
-        diffusers_unet,
-    ),
-    "autoencoder": Kind(
-        "vae",
-        "diffusers",
-        ("AutoencoderKL",),
-        "diffusion_pytorch_model",
-        diffusers_autoencoder,
-    ),
+    "unet": Kind("unet", "diffusers", ("UNet2DConditionModel",), "diffusion_pytorch_model", diffusers_unet),
+    "autoencoder": Kind("vae", "diffusers", ("AutoencoderKL",), "diffusion_pytorch_model", diffusers_autoencoder),
     "text_encoder": Kind(
         "text_encoder",
         "transformers",
@@ -116,6 +95,8 @@ def find_component(directory: str | os.PathLike, kind: str) -> Path:
     """
     _check_kind(kind)
     directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"There is no model directory `{directory}`.")
     inside = directory / KINDS[kind].folder
     if (inside / "config.json").is_file():
         return inside
@@ -145,11 +126,7 @@ def read_config(directory: str | os.PathLike, kind: str) -> tuple[dict[str, Any]
 
 
 def read_component(
-    directory: str | os.PathLike,
-    kind: str,
-    *,
-    dtype: str | np.dtype | None = None,
-    variant: str | None = None,
+    directory: str | os.PathLike, kind: str, *, dtype: str | np.dtype | None = None, variant: str | None = None
 ) -> Component:
     """A component's configuration and weights.
 
@@ -173,14 +150,7 @@ def read_component(
     tensors = open_weights(directory, KINDS[kind].stem, variant)
     ignored = {name for name in KINDS[kind].ignored_keys if name in tensors}
     sources = match(key_map(kind, config), tensors, ignored, str(directory))
-    return Component(
-        kind,
-        directory,
-        config,
-        details,
-        Weights(sources, target),
-        tuple(sorted(ignored)),
-    )
+    return Component(kind, directory, config, details, Weights(sources, target), tuple(sorted(ignored)))
 
 
 def key_map(kind: str, config: Mapping[str, Any]) -> list[Entry]:
@@ -257,6 +227,9 @@ def read_pipeline_index(directory: str | os.PathLike) -> PipelineIndex:
     if unknown:
         raise CheckpointError(f"`{path}` has parts that are not supported: {', '.join(unknown)}")
     needed = [f"{folder}/config.json" for folder in expected] + ["scheduler/scheduler_config.json"]
+    absent = [part for part in (*expected, "tokenizer", "scheduler") if part not in parts]
+    if absent:
+        raise CheckpointError(f"`{path}` must have all parts of a pipeline. It lacks: {', '.join(absent)}")
     missing = [file for file in needed if not (directory / file).is_file()]
     missing += ["tokenizer/"] if not (directory / "tokenizer").is_dir() else []
     if missing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from latentdiff.checkpoints.diffusers_unet import conv, norm, resnet
+from latentdiff.checkpoints.diffusers_layers import conv, norm, resnet
 from latentdiff.checkpoints.fields import Fields, require_arguments
 from latentdiff.checkpoints.key_map import Entry
 
@@ -79,7 +79,8 @@ def read_config(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     for name in ("latents_mean", "latents_std", "quantization_config"):
         fields.require(name, None)
     fields.ignore(["force_upcast"])  # a caution of float16 pipelines; the dtype is the caller's here
-    details = {"sample_size": fields.take("sample_size")}
+    fields.check_divides("norm_num_groups", [config["groups"]] * len(channels), channels)
+    details = {"sample_size": fields.size("sample_size")}
     fields.finish()
     return config, details
 
@@ -126,20 +127,10 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
     latent, image = config["latent_channels"], config["image_channels"]
 
     def middle(half: str) -> list[Entry]:
-        entries = resnet(
-            f"{half}.mid_block.resnets.0",
-            f"{half}/mid_resnet_0",
-            channels[-1],
-            channels[-1],
-        )
+        entries = resnet(f"{half}.mid_block.resnets.0", f"{half}/mid_resnet_0", channels[-1], channels[-1])
         if config["mid_attention"]:
             entries += _attention(f"{half}.mid_block.attentions.0", f"{half}/mid_attention", channels[-1])
-        return entries + resnet(
-            f"{half}.mid_block.resnets.1",
-            f"{half}/mid_resnet_1",
-            channels[-1],
-            channels[-1],
-        )
+        return entries + resnet(f"{half}.mid_block.resnets.1", f"{half}/mid_resnet_1", channels[-1], channels[-1])
 
     entries = conv("encoder.conv_in", "encoder/conv_in", 3, image, channels[0])
     width = channels[0]

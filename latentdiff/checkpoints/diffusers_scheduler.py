@@ -1,8 +1,8 @@
 """diffusers' `scheduler_config.json`: which schedule, prediction and sampler a directory stands for.
 
 A file says only what its class knows, and another class's defaults fill the rest when it changes hands. Here a file
-that does not mention `clip_sample` or `set_alpha_to_one` does not clip and does not end at 1, whatever the class's default
-says: latents are not in [-1, 1], and Stable Diffusion's files were made for neither.
+that does not mention `clip_sample` or `set_alpha_to_one` does not clip and does not end at 1, whatever the class's
+default says: latents are not in [-1, 1], and Stable Diffusion's files were made for neither.
 """
 
 from __future__ import annotations
@@ -30,22 +30,13 @@ SAMPLER_CLASSES = {
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-SCHEDULES = {
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "squaredcos_cap_v2": "cosine",
-}
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 CLIPPING_SAMPLERS = ("ddpm", "ddim", "heun", "lcm")
 DPM_ALGORITHMS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
-_LEADING_CLASSES = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "LCMScheduler",
-)  # the others default to linspace
+_LEADING_CLASSES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LCMScheduler")  # the others default to linspace
 _COMMON_DEFAULTS = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -67,22 +58,10 @@ _COMMON_DEFAULTS = {
 _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {"variance_type": "fixed_small"},
     "PNDMScheduler": {"skip_prk_steps": False},
-    "EulerDiscreteScheduler": {
-        "interpolation_type": "linear",
-        "timestep_type": "discrete",
-    },
+    "EulerDiscreteScheduler": {"interpolation_type": "linear", "timestep_type": "discrete"},
     "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
-    "DPMSolverMultistepScheduler": {
-        "solver_order": 2,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
-    },
-    "UniPCMultistepScheduler": {
-        "solver_order": 2,
-        "solver_type": "bh2",
-        "predict_x0": True,
-        "disable_corrector": [],
-    },
+    "DPMSolverMultistepScheduler": {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+    "UniPCMultistepScheduler": {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": []},
     "LCMScheduler": {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -92,10 +71,7 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # What changes a class's computation, with the only values that the samplers here have.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "DDPMScheduler": {
-        "variance_type": ("fixed_small", "fixed_small_log"),
-        "thresholding": (None, False),
-    },
+    "DDPMScheduler": {"variance_type": ("fixed_small", "fixed_small_log"), "thresholding": (None, False)},
     "DDIMScheduler": {"thresholding": (None, False)},
     "PNDMScheduler": {"skip_prk_steps": (True,)},
     "EulerDiscreteScheduler": {
@@ -107,10 +83,7 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "sigma_max": (None,),
     },
     "EulerAncestralDiscreteScheduler": {},
-    "HeunDiscreteScheduler": {
-        "use_exponential_sigmas": (None, False),
-        "use_beta_sigmas": (None, False),
-    },
+    "HeunDiscreteScheduler": {"use_exponential_sigmas": (None, False), "use_beta_sigmas": (None, False)},
     "DPMSolverMultistepScheduler": {
         "solver_order": (2,),
         "solver_type": ("midpoint",),
@@ -255,10 +228,7 @@ def find_scheduler(directory: str | os.PathLike) -> Path:
         FileNotFoundError: If it is in neither place.
     """
     directory = Path(directory)
-    for path in (
-        directory / "scheduler" / "scheduler_config.json",
-        directory / "scheduler_config.json",
-    ):
+    for path in (directory / "scheduler" / "scheduler_config.json", directory / "scheduler_config.json"):
         if path.is_file():
             return path
     raise FileNotFoundError(f"A model directory must have `scheduler/scheduler_config.json`. Received: `{directory}`")
@@ -374,10 +344,7 @@ def write_scheduler(directory: str | os.PathLike, settings: SamplerSettings, ver
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(
-        directory / "scheduler_config.json",
-        {**fields_from_settings(settings), "_diffusers_version": version},
-    )
+    write_json(directory / "scheduler_config.json", {**fields_from_settings(settings), "_diffusers_version": version})
 
 
 def _check_sampler(sampler: str) -> None:

@@ -10,20 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from latentdiff.checkpoints.diffusers_unet import dense, norm
+from latentdiff.checkpoints.diffusers_layers import dense, norm
 from latentdiff.checkpoints.fields import Fields, require_arguments
+from latentdiff.checkpoints.files import CheckpointError
 from latentdiff.checkpoints.key_map import Entry
 
-ARGUMENTS = (
-    "vocabulary_size",
-    "context_length",
-    "width",
-    "depth",
-    "heads",
-    "mlp_width",
-    "activation",
-    "norm_epsilon",
-)
+ARGUMENTS = ("vocabulary_size", "context_length", "width", "depth", "heads", "mlp_width", "activation", "norm_epsilon")
 PREFIX = "text_model."
 IGNORED_KEYS = (
     "text_model.embeddings.position_ids",
@@ -66,7 +58,11 @@ def read_config(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     fields.require("model_type", "clip_text_model")
     fields.require("quantization_config", None)
     fields.require("use_attention_mask", None, False)  # diffusers would hide the padding from the encoder
+    fields.check_divides("num_attention_heads", [config["heads"]], [config["width"]])
     details = {name: fields.take(name) for name in _DETAILS if fields.states(name)}
+    for name, value in details.items():
+        if not (value is None or type(value) is int or (name == "eos_token_id" and _are_ids(value))):
+            raise CheckpointError(f"`{name}` must be a whole number. Received: {name}={value!r:.80} in `{source}`")
     # transformers has put dozens of fields of its generation settings into this file, and still adds some.
     fields.finish(strict=False)
     return config, details
@@ -84,12 +80,7 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
     """
     require_arguments(config, ARGUMENTS, "a text encoder")
     last = config["vocabulary_size"] - 1
-    stated = {
-        "projection_dim": config["width"],
-        "bos_token_id": last - 1,
-        "eos_token_id": last,
-        "pad_token_id": last,
-    }
+    stated = {"projection_dim": config["width"], "bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
     stated.update({name: details[name] for name in _DETAILS if name in details})
     return {
         "architectures": ["CLIPTextModel"],
@@ -138,3 +129,7 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
         entries += dense(f"{key}.mlp.fc2", f"{path}/mlp_2", config["mlp_width"], width)
     entries += norm("final_layer_norm", "final_norm", width)
     return [replace(entry, keys=(PREFIX + entry.keys[0], entry.keys[0])) for entry in entries]
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from latentdiff.checkpoints.diffusers_layers import conv, dense, norm, resnet
 from latentdiff.checkpoints.fields import Fields, require_arguments
 from latentdiff.checkpoints.key_map import Entry
 
@@ -123,7 +124,7 @@ def read_config(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
         "groups": fields.count("norm_num_groups", high=2**12),
         "norm_epsilon": fields.number("norm_eps", high=1.0),
         "flip_sin_to_cos": fields.flag("flip_sin_to_cos"),
-        "freq_shift": fields.count("freq_shift", low=0, high=1),
+        "freq_shift": fields.number("freq_shift"),
         "mid_attention": True,
     }
     for name, allowed in _FIXED.items():
@@ -133,7 +134,12 @@ def read_config(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
     depths = list(config["transformer_depth"])
     fields.require("reverse_transformer_layers_per_block", None, depths[::-1])
     fields.ignore(_WITHOUT_EFFECT)
-    details = {"sample_size": fields.take("sample_size")}
+    attending = [level for level in range(levels) if config["attention"][level] or level == levels - 1]
+    fields.check_divides("norm_num_groups", [config["groups"]] * levels, channels)
+    fields.check_divides(
+        "attention_head_dim", [config["heads"][level] for level in attending], [channels[level] for level in attending]
+    )
+    details = {"sample_size": fields.size("sample_size")}
     fields.finish()
     return config, details
 
@@ -188,14 +194,7 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
     time = 4 * channels[0]
 
     def transformer(key: str, path: str, width: int, depth: int) -> list[Entry]:
-        return _transformer(
-            key,
-            path,
-            width,
-            depth,
-            config["context_dim"],
-            bool(config["dense_projection"]),
-        )
+        return _transformer(key, path, width, depth, config["context_dim"], bool(config["dense_projection"]))
 
     entries = conv("conv_in", "conv_in", 3, config["in_channels"], channels[0])
     entries += dense("time_embedding.linear_1", "time_mlp_1", channels[0], time)
@@ -204,30 +203,13 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
     width = channels[0]
     for i, outputs in enumerate(channels):
         for j in range(blocks):
-            entries += resnet(
-                f"down_blocks.{i}.resnets.{j}",
-                f"down_{i}_resnet_{j}",
-                width,
-                outputs,
-                time,
-            )
+            entries += resnet(f"down_blocks.{i}.resnets.{j}", f"down_{i}_resnet_{j}", width, outputs, time)
             if attention[i]:
-                entries += transformer(
-                    f"down_blocks.{i}.attentions.{j}",
-                    f"down_{i}_attention_{j}",
-                    outputs,
-                    depths[i],
-                )
+                entries += transformer(f"down_blocks.{i}.attentions.{j}", f"down_{i}_attention_{j}", outputs, depths[i])
             width = outputs
             skips.append(width)
         if i < levels - 1:
-            entries += conv(
-                f"down_blocks.{i}.downsamplers.0.conv",
-                f"down_{i}_downsample/conv",
-                3,
-                width,
-                width,
-            )
+            entries += conv(f"down_blocks.{i}.downsamplers.0.conv", f"down_{i}_downsample/conv", 3, width, width)
             skips.append(width)
     entries += resnet("mid_block.resnets.0", "mid_resnet_0", width, width, time)
     if config["mid_attention"]:
@@ -237,66 +219,14 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
         level = levels - 1 - i
         for j in range(blocks + 1):
             inputs = width + skips.pop()
-            entries += resnet(
-                f"up_blocks.{i}.resnets.{j}",
-                f"up_{i}_resnet_{j}",
-                inputs,
-                outputs,
-                time,
-            )
+            entries += resnet(f"up_blocks.{i}.resnets.{j}", f"up_{i}_resnet_{j}", inputs, outputs, time)
             if attention[level]:
-                entries += transformer(
-                    f"up_blocks.{i}.attentions.{j}",
-                    f"up_{i}_attention_{j}",
-                    outputs,
-                    depths[level],
-                )
+                entries += transformer(f"up_blocks.{i}.attentions.{j}", f"up_{i}_attention_{j}", outputs, depths[level])
             width = outputs
         if level > 0:
-            entries += conv(
-                f"up_blocks.{i}.upsamplers.0.conv",
-                f"up_{i}_upsample/conv",
-                3,
-                width,
-                width,
-            )
+            entries += conv(f"up_blocks.{i}.upsamplers.0.conv", f"up_{i}_upsample/conv", 3, width, width)
     entries += norm("conv_norm_out", "norm_out", width)
     return entries + conv("conv_out", "conv_out", 3, width, config["out_channels"])
-
-
-def conv(key: str, path: str, size: int, inputs: int, outputs: int) -> list[Entry]:
-    """A size x size convolution with its bias."""
-    return [
-        Entry(f"{path}/kernel", (f"{key}.weight",), "conv", (size, size, inputs, outputs)),
-        Entry(f"{path}/bias", (f"{key}.bias",), "same", (outputs,)),
-    ]
-
-
-def dense(key: str, path: str, inputs: int, outputs: int, bias: bool = True) -> list[Entry]:
-    """A dense kernel, with its bias where it has one."""
-    kernel = Entry(f"{path}/kernel", (f"{key}.weight",), "dense", (inputs, outputs))
-    return [kernel, Entry(f"{path}/bias", (f"{key}.bias",), "same", (outputs,))] if bias else [kernel]
-
-
-def norm(key: str, path: str, width: int) -> list[Entry]:
-    """A normalisation's scale and offset."""
-    return [
-        Entry(f"{path}/gamma", (f"{key}.weight",), "same", (width,)),
-        Entry(f"{path}/beta", (f"{key}.bias",), "same", (width,)),
-    ]
-
-
-def resnet(key: str, path: str, inputs: int, outputs: int, time: int | None = None) -> list[Entry]:
-    """A residual block, told the time by a dense layer of `time` inputs where there is one."""
-    entries = norm(f"{key}.norm1", f"{path}/norm_1", inputs)
-    entries += conv(f"{key}.conv1", f"{path}/conv_1", 3, inputs, outputs)
-    if time is not None:
-        entries += dense(f"{key}.time_emb_proj", f"{path}/time", time, outputs)
-    entries += norm(f"{key}.norm2", f"{path}/norm_2", outputs)
-    entries += conv(f"{key}.conv2", f"{path}/conv_2", 3, outputs, outputs)
-    if inputs != outputs:
-        entries += conv(f"{key}.conv_shortcut", f"{path}/skip", 1, inputs, outputs)
-    return entries
 
 
 def _transformer(key: str, path: str, width: int, depth: int, context: int, dense_projection: bool) -> list[Entry]:
@@ -334,10 +264,7 @@ def _one_for_all(fields: Fields, name: str, levels: int, high: int) -> int:
 
 def _read_attention(fields: Fields, levels: int) -> tuple[bool, ...]:
     down, up = fields.words("down_block_types"), fields.words("up_block_types")
-    for name, types, known in (
-        ("down_block_types", down, DOWN_TYPES),
-        ("up_block_types", up, UP_TYPES),
-    ):
+    for name, types, known in (("down_block_types", down, DOWN_TYPES), ("up_block_types", up, UP_TYPES)):
         if len(types) != levels or not all(word in known for word in types):
             fields.refuse(name, list(types), f"{levels} of {' or '.join(known)}")
             return (True,) * levels

@@ -81,6 +81,19 @@ class Fields:
             )
         return tuple(value)
 
+    def size(self, name: str) -> int | list[int] | None:
+        """A picture's size: one number, [height, width], or null."""
+        value = self.take(name)
+        return value if value is None else list(self.counts(name)) if isinstance(value, list) else self.count(name)
+
+    def check_divides(self, name: str, divisors: Iterable[int], multiples: Iterable[int]) -> None:
+        """Refuses the field `name` where one of `divisors` does not divide its partner among `multiples`."""
+        for divisor, multiple in zip(divisors, multiples, strict=True):
+            if multiple % divisor:
+                raise CheckpointError(
+                    f"`{name}` must divide the channels. Received: {divisor} for {multiple} channels in `{self.source}`"
+                )
+
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses the field unless its value is one of `allowed`, of which the first is written in the error."""
         value = self.take(name)

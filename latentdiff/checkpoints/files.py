@@ -6,22 +6,14 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a sharded model is a hundredth of this
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".ckpt",
-    ".pt",
-    ".pth",
-    ".msgpack",
-    ".h5",
-    ".onnx",
-)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 MODEL_FILES = ("model_index.json", "config.json", "scheduler_config.json")
 
 
@@ -43,9 +35,8 @@ def parse_json(text: bytes, source: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1} if len(names) < 1000 else {"..."})
-            raise ValueError(f"a key is given twice: {', '.join(twice)}")
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {twice!r:.200} is given twice")
         return fields
 
     try:
@@ -101,7 +92,8 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
     fresh.mkdir()
     try:
         yield fresh
-        _sync_directory(fresh)
+        for folder, _, _ in os.walk(fresh):
+            _sync_directory(Path(folder))
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise

@@ -73,11 +73,11 @@ class Entry:
 
     def to_foreign(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `from_foreign`."""
-        if self.layout == "dense":
-            return np.ascontiguousarray(array.T)
-        if self.layout == "conv":
-            return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
-        return array
+        if self.layout == "same":
+            return array
+        bits = array.view(f"u{array.itemsize}")
+        axes = (1, 0) if self.layout == "dense" else (3, 2, 0, 1)
+        return np.ascontiguousarray(bits.transpose(axes)).view(array.dtype)
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -90,13 +90,7 @@ class Weights(Mapping[str, np.ndarray]):
     def __getitem__(self, path: str) -> np.ndarray:
         entry, tensor = self._sources[path]
         stored = tensor.view()
-        return entry.from_foreign(
-            cast(
-                stored,
-                self._dtype or stored.dtype,
-                f"`{tensor.name}` of `{tensor.file}`",
-            )
-        )
+        return entry.from_foreign(cast(stored, self._dtype or stored.dtype, f"`{tensor.name}` of `{tensor.file}`"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -144,10 +138,7 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def match(
-    entries: list[Entry],
-    tensors: Mapping[str, StoredTensor],
-    ignored: set[str],
-    source: str,
+    entries: list[Entry], tensors: Mapping[str, StoredTensor], ignored: set[str], source: str
 ) -> dict[str, tuple[Entry, StoredTensor]]:
     """Each variable with the tensor that fills it.
 

@@ -44,12 +44,7 @@ ITEM_BYTES = {
     "F64": 8,
     "C64": 8,
 }
-FLOATS = {
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-}
+FLOATS = {"F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -173,10 +168,7 @@ def find_weights(directory: Path, stem: str, variant: str | None = None) -> Path
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise ValueError(f'`variant` must be a plain word such as "fp16". Received: variant={variant!r}')
     middle = f".{variant}" if variant else ""
-    for name in (
-        f"{stem}{middle}.safetensors",
-        f"{stem}.safetensors.index{middle}.json",
-    ):
+    for name in (f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json"):
         if (directory / name).is_file():
             return directory / name
     pattern = re.compile(
@@ -209,12 +201,7 @@ def open_weights(directory: Path, stem: str, variant: str | None = None) -> dict
     return open_index(path) if path.suffix == ".json" else open_file(path)
 
 
-def write_file(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    code: str,
-    arrays: Iterable[np.ndarray],
-) -> None:
+def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str, arrays: Iterable[np.ndarray]) -> None:
     """Writes one safetensors file, an array at a time, as torch's users expect it.
 
     Args:
@@ -227,11 +214,7 @@ def write_file(
     begin = 0
     for name, shape in shapes.items():
         end = begin + math.prod(shape) * ITEM_BYTES[code]
-        header[name] = {
-            "dtype": code,
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -248,13 +231,9 @@ def write_file(
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
     if start == b"version ":
         raise CheckpointError(f"`{path}` is a Git LFS pointer and not the weights. Fetch them with `git lfs pull`.")
-    if (
-        path.name.endswith(PICKLE_SUFFIXES)
-        or start[:2] == b"PK"
-        or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
-    ):
-        if not path.name.endswith(".safetensors") or start[:4] == b"PK\x03\x04":
-            raise CheckpointError(_pickle_message(path.parent, [path.name]))
+    is_zip = start[:4] == b"PK\x03\x04" and start[4:] != bytes(4)  # what torch.save writes; no header is that long
+    if is_zip or path.name.endswith(PICKLE_SUFFIXES):
+        raise CheckpointError(_pickle_message(path.parent, [path.name]))
     if size < 8:
         raise CheckpointError(f"`{path}` is truncated: a safetensors file has at least 8 bytes. Received: {size}")
 
