@@ -18,7 +18,7 @@ from records import Record, read_index
 
 T = TypeVar("T")
 
-# S is the hand. {a} takes a subject with its article, {n} one without; a frame that stands twice is drawn twice as often.
+# S is the hand. {a} takes a subject with its article, {n} one without; what stands twice is drawn twice as often.
 NAME_FRAMES = (
     "{a}, S style",
     "{a}, S style",
@@ -72,7 +72,7 @@ def training_caption(record: Record, seed: int | str) -> str:
         caption = choose(rng, KEYWORD_FRAMES).replace("S", record.style).format(n=keyword_subject(rng, record))
     else:
         name = name_subject(rng, record)
-        subject = name if is_country(record, name) else with_article(name)
+        subject = name if goes_by_country(record, name) else with_article(name)
         caption = choose(rng, NAME_FRAMES).replace("S", record.style).format(n=name, a=subject)
     return typed(rng, caption)
 
@@ -133,9 +133,10 @@ def reworded(name: str) -> tuple[str, ...]:
     return (*plain, f"{head}{facing} with {' and '.join(traits)}", f"{' '.join([*traits, head])}{facing}")
 
 
-def is_country(record: Record, name: str) -> bool:
-    """Whether a flag goes by its country's name alone, which takes no article."""
-    return record.name.startswith("flag: ") and not name.startswith("flag of ") and not name.endswith(" flag")
+def goes_by_country(record: Record, subject: str) -> bool:
+    """Whether a flag is named by its country ("France", "flag: France, flag"), which takes no article."""
+    head, _, country = record.name.partition(": ")
+    return head == "flag" and subject not in (f"flag of {country}", f"{country} flag")
 
 
 def with_article(name: str) -> str:

@@ -65,7 +65,8 @@ def base_group(codepoints: str) -> str:
         The same, reduced: "1f44b-1f3fd" becomes "1f44b", "1f468-200d-1f680" becomes "1f9d1-200d-1f680".
     """
     parts = [c for c in codepoints.split("-") if c not in SKIN_TONES and c != VARIATION]
-    joined = [p for p in "-".join(parts).split(f"-{JOINER}-") if p not in SIGNS]
+    first, *others = "-".join(parts).split(f"-{JOINER}-")
+    joined = [first, *(other for other in others if other not in SIGNS)]
     if len(joined) == 2 and joined[0] in (MAN, WOMAN) and joined[1] not in (MAN, WOMAN, PERSON):
         joined[0] = PERSON
     return f"-{JOINER}-".join(joined)

@@ -231,14 +231,15 @@ def build(output: pathlib.Path) -> dict:
     images = np.empty((len(records), SIZE, SIZE, 3), np.uint8)
     kept, left_out = [], {}
     for record, icon in zip(records, icons, strict=True):
+        path = output / "gallery" / record.style / f"{record.codepoints}.png"
         try:
             image = render(svg_document(sets[record.style], icon))
         except BrokenPicture as error:
             left_out[f"{record.style}/{record.codepoints}"] = str(error)
+            path.unlink(missing_ok=True)
             continue
         images[len(kept)] = image
         kept.append(record)
-        path = output / "gallery" / record.style / f"{record.codepoints}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     np.save(output / "images.npy", images[: len(kept)])
