@@ -10,7 +10,7 @@ from typing import Any
 
 from keras import ops
 
-from latentdiff.diffusion.process import as_float, check_prediction, per_example, x0_and_eps
+from latentdiff.diffusion.process import as_float32, check_prediction, per_example, x0_and_eps
 
 
 class Denoiser:
@@ -61,10 +61,10 @@ class Denoiser:
 
     def output(self, x_t: Any, timestep: Any) -> Any:
         """The network's prediction (B, ...) in float32, without what it says about the variance."""
-        x_t = as_float(x_t)
+        x_t = as_float32(x_t)
         # float32, since bfloat16 turns 951 into 952.
         timestep = ops.broadcast_to(ops.cast(timestep, "float32"), (ops.shape(x_t)[0],))
-        output = as_float(self.network(x_t, timestep))
+        output = as_float32(self.network(x_t, timestep))
         if self.learned_variance:
             channels = x_t.shape[-1]
             if output.shape[-1] != 2 * channels:
@@ -86,8 +86,8 @@ def to_x0_eps(
     """A network's output as estimates of the clean data and of the noise.
 
     Always x_t = signal x0_hat + noise eps_hat, also after clipping (diffusers' DDIM keeps the eps of before, unless
-    told `use_clipped_model_output`). Finite at signal 0, where an eps prediction cannot say anything about x0 and x0_hat
-    is 0, and at noise 0, where x0 leaves eps open and eps_hat is 0.
+    told `use_clipped_model_output`). Finite at signal 0, where an eps prediction cannot say anything about x0 and
+    x0_hat is 0, and at noise 0, where x0 leaves eps open and eps_hat is 0.
 
     Args:
         output: (B, ...) eps, v or x0 in any float dtype.
@@ -98,15 +98,15 @@ def to_x0_eps(
         clip: x0_hat is kept in [-clip, clip]; None leaves it as it is.
 
     Returns:
-        x0_hat: (B, ...) at least float32.
-        eps_hat: (B, ...) at least float32.
+        x0_hat: (B, ...) float32.
+        eps_hat: (B, ...) float32.
 
     Raises:
         ValueError: if `prediction` is none of these.
     """
     check_prediction(prediction)
-    x_t = as_float(x_t)
-    output = ops.cast(output, x_t.dtype)
+    x_t = as_float32(x_t)
+    output = as_float32(output)
     signal = per_example(signal, x_t)
     noise = per_example(noise, x_t)
     x0_hat, eps_hat = x0_and_eps(x_t, output, signal, noise, prediction)

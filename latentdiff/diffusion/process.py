@@ -9,7 +9,6 @@ posterior for any s < t is Kingma et al. 2021, appendix A.2, arXiv:2107.00630.
 
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -22,8 +21,8 @@ LOSS_WEIGHTS = ("uniform", "min_snr")
 class GaussianDiffusion:
     """A schedule as a diffusion process, with what a network shall predict in it.
 
-    Data is any float array (B, ...). Times `t` are integers in 1..T, (B,) or a scalar, NumPy or (traced) tensors; out of
-    range they raise where they are concrete. Half-precision data is computed in float32.
+    Data is any float array (B, ...). Times `t` are integers in 1..T, (B,) or a scalar. NumPy's and Python's are checked;
+    tensors, which may be traced, are not. Whatever the data's dtype, results are float32.
 
     Args:
         schedule: signal and noise at the times 0..T.
@@ -49,9 +48,9 @@ class GaussianDiffusion:
         Returns:
             (B, ...).
         """
-        x0 = as_float(x0)
+        x0 = as_float32(x0)
         signal, noise = self._signal_and_noise(t, x0)
-        return signal * x0 + noise * as_float(eps)
+        return signal * x0 + noise * as_float32(eps)
 
     def q_posterior(self, x0: Any, x_t: Any, t: Any, s: Any = None) -> tuple[Any, Any, Any]:
         """The Gaussian q(x_s | x_t, x0). Ho et al. 2020, eqs. 6 and 7, where s = t - 1.
@@ -70,7 +69,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: if a time is out of range, or `s` is not before `t`.
         """
-        x0, x_t = as_float(x0), as_float(x_t)
+        x0, x_t = as_float32(x0), as_float32(x_t)
         self._check_times(t, 1)
         s = t - 1 if s is None else s
         self._check_times(s, 0)
@@ -105,9 +104,9 @@ class GaussianDiffusion:
 
     def v_from_x0_eps(self, x0: Any, eps: Any, t: Any) -> Any:
         """v (B, ...) of x0 and eps (B, ...). Salimans and Ho 2022, appendix D, arXiv:2202.00512."""
-        x0 = as_float(x0)
+        x0 = as_float32(x0)
         signal, noise = self._signal_and_noise(t, x0)
-        return signal * as_float(eps) - noise * x0
+        return signal * as_float32(eps) - noise * x0
 
     def target(self, x0: Any, eps: Any, t: Any) -> Any:
         """What the network shall put out for x_t: eps, v or x0 (B, ...), as `prediction` says.
@@ -122,7 +121,7 @@ class GaussianDiffusion:
         """
         if self.prediction == "v":
             return self.v_from_x0_eps(x0, eps, t)
-        return as_float(eps if self.prediction == "eps" else x0)
+        return as_float32(eps if self.prediction == "eps" else x0)
 
     def loss_weight(self, t: Any, kind: str = "uniform", gamma: float = 5.0) -> Any:
         """Weight of an example's loss at its time.
@@ -155,7 +154,7 @@ class GaussianDiffusion:
             table = np.minimum(snr, gamma) / (snr + 1)
         else:
             table = gamma / np.maximum(snr, gamma)
-        return _look_up(np.concatenate([[np.nan], table]), t, "float32")
+        return _look_up(np.concatenate([[np.nan], table]), t)
 
     def loss(self, output: Any, x0: Any, eps: Any, t: Any, weight: Any = None) -> Any:
         """Mean squared error of the network's output, one number for each example.
@@ -173,19 +172,19 @@ class GaussianDiffusion:
         Reference:
             Ho et al. 2020, eq. 14, arXiv:2006.11239.
         """
-        error = (as_float(output) - self.target(x0, eps, t)) ** 2
+        error = (as_float32(output) - self.target(x0, eps, t)) ** 2
         loss = ops.mean(error, axis=tuple(range(1, len(error.shape))))
-        return loss if weight is None else loss * ops.cast(weight, loss.dtype)
+        return loss if weight is None else loss * as_float32(weight)
 
     def _x0_and_eps(self, x_t: Any, t: Any, output: Any, prediction: str) -> tuple[Any, Any]:
-        x_t = as_float(x_t)
+        x_t = as_float32(x_t)
         signal, noise = self._signal_and_noise(t, x_t)
-        return x0_and_eps(x_t, as_float(output), signal, noise, prediction)
+        return x0_and_eps(x_t, as_float32(output), signal, noise, prediction)
 
     def _signal_and_noise(self, t: Any, like: Any) -> tuple[Any, Any]:
         self._check_times(t, 0)
-        signal = _look_up(self.schedule.signal, t, like.dtype)
-        noise = _look_up(self.schedule.noise, t, like.dtype)
+        signal = _look_up(self.schedule.signal, t)
+        noise = _look_up(self.schedule.noise, t)
         return per_example(signal, like), per_example(noise, like)
 
     def _snr_gain(self, t: Any, s: Any) -> Any:
@@ -197,8 +196,8 @@ class GaussianDiffusion:
         high = log_snr.astype(np.float32)
         low = np.zeros_like(log_snr)
         np.subtract(log_snr, high, out=low, where=np.isfinite(log_snr))
-        high_change = _look_up(high, t, "float32") - _look_up(high, s, "float32")
-        low_change = _look_up(low, t, "float32") - _look_up(low, s, "float32")
+        high_change = _look_up(high, t) - _look_up(high, s)
+        low_change = _look_up(low, t) - _look_up(low, s)
         return -ops.expm1(high_change + low_change)
 
     def _smallest_log_variance(self) -> float:
@@ -249,7 +248,7 @@ def x0_and_eps(x_t: Any, output: Any, signal: Any, noise: Any, prediction: str) 
 
 
 def per_example(values: Any, like: Any) -> Any:
-    """One value for each example, in the dtype of `like` and in a shape that broadcasts with it.
+    """One value for each example, float32, in a shape that broadcasts with `like`.
 
     Args:
         values: a scalar, (B,), or anything that has as many axes as `like`.
@@ -258,18 +257,15 @@ def per_example(values: Any, like: Any) -> Any:
     Returns:
         The scalar, (B, 1, ...), or `values`.
     """
-    values = ops.cast(values, like.dtype)
+    values = as_float32(values)
     if len(values.shape) == 1:
         return ops.reshape(values, (-1, *(1 for _ in like.shape[1:])))
     return values
 
 
-def as_float(x: Any) -> Any:
-    """The array as a tensor of at least float32."""
-    x = ops.convert_to_tensor(x)
-    if keras.backend.standardize_dtype(x.dtype) in ("float32", "float64"):
-        return x
-    return ops.cast(x, "float32")
+def as_float32(x: Any) -> Any:
+    """The array as a float32 tensor."""
+    return ops.cast(ops.convert_to_tensor(x), "float32")
 
 
 def check_prediction(prediction: str) -> None:
@@ -284,10 +280,10 @@ def _reciprocal(values: Any) -> Any:
     return ops.where(is_zero, ops.zeros_like(values), 1.0 / ops.where(is_zero, ops.ones_like(values), values))
 
 
-def _look_up(table: np.ndarray, t: Any, dtype: Any) -> Any:
+def _look_up(table: np.ndarray, t: Any) -> Any:
     if _is_concrete(t):
-        return ops.convert_to_tensor(table[np.asarray(t)], dtype=dtype)
-    return ops.take(ops.convert_to_tensor(table, dtype=dtype), t, axis=0)
+        return ops.convert_to_tensor(table[np.asarray(t)], dtype="float32")
+    return ops.take(ops.convert_to_tensor(table, dtype="float32"), t, axis=0)
 
 
 def _is_concrete(t: Any) -> bool:

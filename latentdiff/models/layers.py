@@ -105,21 +105,20 @@ class GroupNorm(keras.layers.GroupNormalization):
     def call(self, inputs):
         """inputs: (B, ..., C) -> (B, ..., C)."""
         channels = inputs.shape[-1]
+        grouped = (self.groups, channels // self.groups)
         axes = tuple(range(1, len(inputs.shape) - 1))
         x = ops.cast(inputs, "float32")
-        mean = self._over_groups(ops.mean(x, axis=axes), channels)  # (B, C)
-        square = self._over_groups(ops.mean(ops.square(x), axis=axes), channels)  # (B, C)
+        mean = self._over_groups(ops.mean(x, axis=axes), grouped)  # (B, G, 1)
+        square = self._over_groups(ops.mean(ops.square(x), axis=axes), grouped)  # (B, G, 1)
         variance = ops.maximum(square - ops.square(mean), 0.0)
-        scale = ops.rsqrt(variance + self.epsilon) * ops.cast(self.gamma, "float32")
-        offset = ops.cast(self.beta, "float32") - mean * scale
-        for axis in axes:
-            scale = ops.expand_dims(scale, axis)  # (B, 1, ..., C)
-            offset = ops.expand_dims(offset, axis)
-        return ops.cast(x * scale + offset, self.compute_dtype)
+        gamma, beta = (ops.reshape(ops.cast(v, "float32"), grouped) for v in (self.gamma, self.beta))
+        scale = ops.rsqrt(variance + self.epsilon) * gamma  # (B, G, C / G)
+        offset = beta - mean * scale
+        per_channel = (-1, *(1 for _ in axes), channels)  # (B, 1, ..., C)
+        return ops.cast(x * ops.reshape(scale, per_channel) + ops.reshape(offset, per_channel), self.compute_dtype)
 
-    def _over_groups(self, x, channels: int):
-        x = ops.mean(ops.reshape(x, (-1, self.groups, channels // self.groups)), axis=-1)  # (B, G)
-        return ops.repeat(x, channels // self.groups, axis=-1)  # (B, C)
+    def _over_groups(self, x, grouped: tuple[int, int]):
+        return ops.mean(ops.reshape(x, (-1, *grouped)), axis=-1, keepdims=True)
 
 
 def group_norm(groups: int, epsilon: float, name: str, dtype=None) -> GroupNorm:

