@@ -136,7 +136,7 @@ def mixture_denoiser(x, timestep, signal, noise):
 
 def mixture_consistency(x, timestep, signal, noise):
     """Where the probability flow takes x: in one dimension, to the same quantile of the data."""
-    grid = np.linspace(-6, 6, 4001)
+    grid = np.linspace(-6, 6, 2001)
 
     def quantiles(signal, noise):
         width = np.sqrt(signal**2 * WIDTH**2 + noise**2)
@@ -149,8 +149,8 @@ def mixture_consistency(x, timestep, signal, noise):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_modes_of_a_mixture_keep_their_weights(sampler):
-    count = 10_000
-    table = make_table(sampler, linear_schedule(), 4 if sampler == "lcm" else 100, spacing="trailing")
+    count = 4000
+    table = make_table(sampler, linear_schedule(), 4 if sampler == "lcm" else 60, spacing="trailing")
     quantiles = NormalDist()
     x_init = np.array([quantiles.inv_cdf((i + 0.5) / count) for i in range(count)]) * table.initial_scale
     denoise = mixture_consistency if sampler == "lcm" else mixture_denoiser
@@ -329,7 +329,7 @@ def test_all_tables_have_one_shape_and_padding_changes_nothing(sampler):
         table = make_table(sampler, schedule, num_steps)
         assert table.matrix.shape == (128, 4, 7)
         assert table.timestep.shape == table.signal.shape == table.noise.shape == table.input_scale.shape == (128,)
-        np.testing.assert_array_equal(table.matrix[table.num_rows :], np.broadcast_to(np.eye(4, 7), (128 - table.num_rows, 4, 7)))
+        assert (table.matrix[table.num_rows :] == np.eye(4, 7)).all()
         np.testing.assert_array_equal(table.noise[table.num_rows :], table.noise[table.num_rows - 1])
     state = np.random.default_rng(0).standard_normal((4, 2, 3))
     np.testing.assert_array_equal(step(table.matrix[-1], state, state[1], state[2], state[3], np), state)
