@@ -219,20 +219,19 @@ def test_euler_is_ddim_and_euler_ancestral_is_ddim_with_eta_one(sampler, eta):
     np.testing.assert_allclose(make_table(sampler, schedule, 12).matrix, ddim.matrix, atol=1e-12)
 
 
-def test_sde_and_ode_solvers_begin_as_ddpm_and_ddim():
-    schedule, shape = scaled_linear_schedule(), (3, 5)
-    noise_fn = normals(shape)
-    for sampler, eta in (("dpmpp_2m", 0.0), ("unipc", 0.0), ("dpmpp_2m_sde", 1.0)):
-        table = make_table(sampler, schedule, 12)
-        ddim = make_table("ddim", schedule, 12, eta=eta)
-        posterior = [*table.timestep[:2]]
-        x0_hat, eps_hat = gaussian_denoiser()(noise_fn(0), None, table.signal[0], table.noise[0])
-        x_s = step(table.matrix[0], initial_state(noise_fn(0), np), x0_hat, eps_hat, noise_fn(1), np)[0]
-        t, s = (int(k) + 1 for k in posterior)
-        sigma = eta * schedule.noise[s] / schedule.noise[t] * np.sqrt(1 - schedule.alpha_bar[t] / schedule.alpha_bar[s])
-        expected = schedule.signal[s] * x0_hat + np.sqrt(schedule.noise[s] ** 2 - sigma**2) * eps_hat
-        np.testing.assert_allclose(x_s, expected + sigma * noise_fn(1), atol=1e-12)
-        assert ddim.num_rows == table.num_rows
+@pytest.mark.parametrize("sampler, eta", [("dpmpp_2m", 0.0), ("unipc", 0.0), ("dpmpp_2m_sde", 1.0)])
+def test_multistep_solvers_begin_with_a_step_of_ddim_or_ddpm(sampler, eta):
+    schedule = scaled_linear_schedule()
+    table = make_table(sampler, schedule, 12)
+    t, s = (int(k) + 1 for k in table.timestep[:2])
+    x, fresh_noise = np.array([1.3, -0.4]), np.array([0.2, 0.9])
+    x0_hat, eps_hat = gaussian_denoiser()(x, None, schedule.signal[t], schedule.noise[t])
+    x_s = step(table.matrix[0], initial_state(x, np), x0_hat, eps_hat, fresh_noise, np)[0]
+    # Song et al. 2021, eqs. 12 and 16.
+    sigma = eta * schedule.noise[s] / schedule.noise[t] * np.sqrt(1 - schedule.alpha_bar[t] / schedule.alpha_bar[s])
+    direction = np.sqrt(schedule.noise[s] ** 2 - sigma**2)
+    expected = schedule.signal[s] * x0_hat + direction * eps_hat + sigma * fresh_noise
+    np.testing.assert_allclose(x_s, expected, atol=1e-12)
 
 
 def test_stable_diffusion_visits_its_published_timesteps():
