@@ -308,7 +308,6 @@ def fields_from_settings(settings: SamplerSettings) -> dict[str, Any]:
         "num_train_timesteps": settings.num_timesteps,
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[settings.prediction],
         "set_alpha_to_one": settings.set_alpha_to_one,
-        "skip_prk_steps": True,
         "steps_offset": settings.steps_offset,
         "trained_betas": None if settings.betas is None else list(settings.betas),
     }
@@ -330,6 +329,8 @@ def fields_from_settings(settings: SamplerSettings) -> dict[str, Any]:
         fields["variance_type"] = "fixed_small"
     if settings.sampler == "lcm":
         fields["original_inference_steps"] = settings.original_steps
+    else:
+        fields["skip_prk_steps"] = True  # the one class that warns of fields of the others is LCM's
     if name == "DPMSolverMultistepScheduler":
         fields["algorithm_type"] = "sde-dpmsolver++" if "sde" in settings.sampler else "dpmsolver++"
         fields["solver_order"] = 2

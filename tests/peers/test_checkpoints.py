@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 from latentdiff.checkpoints import diffusers_scheduler
 from latentdiff.checkpoints.diffusers import KINDS, VERSION, read_component, write_component, write_pipeline_index
@@ -100,7 +101,6 @@ class Silence:
         self.caught = warnings.catch_warnings()
         self.caught.__enter__()
         warnings.simplefilter("error")
-        # transformers' own remark about an image processor that SD's pipeline class names and nobody here uses.
         for library in ("diffusers", "transformers"):
             logging.getLogger(library).addHandler(self.handler)
         return self
@@ -109,15 +109,23 @@ class Silence:
         self.caught.__exit__(*error)
         for library in ("diffusers", "transformers"):
             logging.getLogger(library).removeHandler(self.handler)
+        # transformers' remark about an image processor that diffusers imports and nobody here uses.
         lines = [line for line in self.lines if "requires torchvision" not in line]
         assert error[0] is not None or lines == []
 
 
-@pytest.mark.parametrize(("kind", "name"), MODELS)
-def test_import_consumes_every_key(tmp_path, kind, name):
-    model = make_model(kind, name)
-    model.save_pretrained(tmp_path)
-    component = read_component(tmp_path, kind)
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def saved(request, tmp_path_factory):
+    """(kind, their model, the directory that they saved it in)"""
+    directory = tmp_path_factory.mktemp("theirs")
+    model = make_model(*request.param)
+    model.save_pretrained(directory)
+    return request.param[0], model, directory
+
+
+def test_import_consumes_every_key(saved):
+    kind, model, directory = saved
+    component = read_component(directory, kind)
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     assert component.ignored == ()
     assert len(component.weights) == len(state)
@@ -145,52 +153,40 @@ def test_shards_and_variants_of_their_own_saving_are_read(tmp_path, kind, varian
     assert sum(array.size for array in weights.values()) == sum(v.numel() for v in model.state_dict().values())
 
 
-@pytest.mark.parametrize(("kind", "name"), MODELS)
-def test_what_is_written_opens_in_silence_and_is_the_same_model(tmp_path, kind, name):
-    model = make_model(kind, name)
-    model.save_pretrained(tmp_path / "theirs")
-    component = read_component(tmp_path / "theirs", kind)
+def test_what_is_written_opens_in_silence_and_is_the_same_model(saved, tmp_path):
+    kind, model, directory = saved
+    component = read_component(directory, kind)
     write_component(tmp_path / "ours", kind, component.config, component.weights, details=component.details)
     with Silence():
         opened, report = CLASSES[kind].from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
     for key, value in model.state_dict().items():
         assert torch.equal(opened.state_dict()[key], value)
-    ignored = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_diffusers_version"}
-    theirs = model.config.to_dict() if kind == "text_encoder" else dict(model.config)
-    again = opened.config.to_dict() if kind == "text_encoder" else dict(opened.config)
-    for field in set(theirs) - ignored - {"_use_default_values"}:
-        assert listed(again[field]) == listed(theirs[field]), field
+    # Everything that their configurations say, but where the model came from.
+    ignored = {"_name_or_path", "_use_default_values", "_diffusers_version", "transformers_version", "architectures"}
+    ignored |= {"dtype", "torch_dtype"}
+    before, after = ({**(m.config.to_dict() if kind == "text_encoder" else m.config)} for m in (model, opened))
+    for field in set(before) - ignored:
+        assert listed(after[field]) == listed(before[field]), field
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
-    saved = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert set(written) - {"torch_dtype"} <= set(saved)
+    assert set(written) - {"torch_dtype"} <= set(json.loads((directory / "config.json").read_text()))
+
+
+def test_written_keys_shapes_and_dtypes_are_those_of_their_own_saving(saved, tmp_path):
+    kind, _, directory = saved
+    component = read_component(directory, kind)
+    write_component(tmp_path / "ours", kind, component.config, component.weights)
+    described = []
+    for folder in (directory, tmp_path / "ours"):
+        with safe_open(folder / f"{KINDS[kind].stem}.safetensors", "numpy") as file:
+            slices = {key.removeprefix("text_model."): file.get_slice(key) for key in file.keys()}
+            described.append({key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()})
+            assert file.metadata() == {"format": "pt"}
+    assert described[0] == described[1]
 
 
 def listed(value):
     return list(value) if isinstance(value, tuple) else value
-
-
-def test_written_keys_are_those_of_their_own_saving(tmp_path):
-    from safetensors import safe_open
-
-    for kind, name in MODELS:
-        make_model(kind, name).save_pretrained(tmp_path / kind / name / "theirs")
-        component = read_component(tmp_path / kind / name / "theirs", kind)
-        write_component(tmp_path / kind / name / "ours", kind, component.config, component.weights)
-        described = []
-        for who in ("theirs", "ours"):
-            with safe_open(tmp_path / kind / name / who / f"{KINDS[kind].stem}.safetensors", "numpy") as file:
-                described.append(
-                    {
-                        key.removeprefix("text_model."): (
-                            file.get_slice(key).get_shape(),
-                            file.get_slice(key).get_dtype(),
-                        )
-                        for key in file.keys()
-                    }
-                )
-                assert file.metadata() == {"format": "pt"}
-        assert described[0] == described[1]
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_CLASSES)
@@ -237,7 +233,7 @@ def test_changing_the_sampler_keeps_what_from_config_keeps(tmp_path, sampler, st
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLER_CLASSES.values())))
 def test_defaults_are_their_classes_own(tmp_path, name):
-    """Beside clipping and the last level, which REFERENCE's trap takes from the file alone."""
+    """Beside clipping and the last level, which are taken from the file alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         more = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
