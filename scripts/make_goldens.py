@@ -45,9 +45,7 @@ def goldens(kind: str, directory: Path) -> dict[str, np.ndarray]:
         "guidance_scale": np.array(reference.GUIDANCE_SCALE),
     }
     for sampler in reference.SAMPLERS:
-        latent = reference.final_latent(
-            pipe, noise if sampler in reference.NOISY else noise[0], sampler=sampler
-        )
+        latent = reference.final_latent(pipe, noise if sampler in reference.NOISY else noise[0], sampler=sampler)
         arrays[f"latent_{sampler}"] = latent
         arrays[f"picture_{sampler}"] = reference.picture(pipe, latent)
     arrays["made_by"] = np.array([f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch")])
