@@ -7,8 +7,10 @@ import math
 import os
 import secrets
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -37,6 +39,18 @@ SAMPLERS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
+_SHARED = (
+    "negative_prompt",
+    "preset",
+    "num_steps",
+    "guidance_scale",
+    "seed",
+    "sampler",
+    "height",
+    "width",
+    "dtype",
+)
+
 _EXAMPLES = """examples:
   latentdiff generate "a red heart, noto style"
   latentdiff generate "a red heart" "a blue heart" --num-images 2 --seed 7 --output hearts.png
@@ -58,8 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    # TensorFlow reports its build and its plug-ins at every start; a user who set the level wants them.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -120,16 +132,13 @@ def _generate(options: argparse.Namespace) -> None:
     outputs = _outputs(options.output, total)
     _check_seeds(seeds)
 
-    import keras
-
+    backend = _start_keras()
     from latentdiff.pictures import write_png
     from latentdiff.pipeline import TextToImage
 
-    backend = keras.backend.backend()
     if settings.backend not in (None, backend):
-        warnings.warn(
-            f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one",
-            stacklevel=2,
+        _show_warning(
+            f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
         )
     pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype)
     images = pipeline.generate(
@@ -151,25 +160,46 @@ def _generate(options: argparse.Namespace) -> None:
         print(f"{output}  seed {seed}")
 
 
+def _start_keras() -> str:
+    """The name of Keras' backend, once that has been imported and has found its devices."""
+    with _without_start_log():
+        import keras
+
+        keras.ops.zeros(())
+        return keras.backend.backend()
+
+
+@contextmanager
+def _without_start_log() -> Iterator[None]:
+    """Holds back what TensorFlow reports of its build and of missing GPUs, unless the user has set its log level.
+
+    Its C++ code writes to the descriptor, and some of it before it heeds any level. If the start fails, all is shown.
+    """
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            log.seek(0)
+            os.write(stderr, log.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def _settings(options: argparse.Namespace) -> tuple[list[str], Settings]:
     """The prompts, and what all pictures share: from the command line, else from the picture, else the default."""
     from latentdiff.pictures import Settings, read_settings
 
-    given = {
-        name: getattr(options, name)
-        for name in (
-            "negative_prompt",
-            "preset",
-            "num_steps",
-            "guidance_scale",
-            "seed",
-            "sampler",
-            "height",
-            "width",
-            "dtype",
-        )
-        if getattr(options, name) is not None
-    }
+    given = {name: getattr(options, name) for name in _SHARED if getattr(options, name) is not None}
     if options.source is not None:
         stored = replace(read_settings(options.source), version=__version__)
         if stored.sampler not in (None, *SAMPLERS):
@@ -209,7 +239,9 @@ def _text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"must be text in {sys.getfilesystemencoding()}. Received: {value!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be text in {sys.getfilesystemencoding()}. Received: {value!r}"
+        ) from None
     return value
 
 
@@ -243,7 +275,7 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object) -> None:
     print(f"latentdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -125,7 +125,9 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     """
     text = _read_chunk(path)
     if len(text) > MAX_SETTINGS:
-        raise ValueError(f"settings must have at most {MAX_SETTINGS} characters. Received: {len(text)} in {str(path)!r}.")
+        raise ValueError(
+            f"settings must have at most {MAX_SETTINGS} characters. Received: {len(text)} in {str(path)!r}."
+        )
     try:
         values: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
