@@ -17,26 +17,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__
 from latentdiff.catalogue import preset_names, resolve_preset
+from latentdiff.checkpoints.diffusers_scheduler import SAMPLER_CLASSES
 
 if TYPE_CHECKING:
     from latentdiff.pictures import Settings
 
-# What `latentdiff.diffusion.samplers` and the networks know, said here so that a wrong one is refused without Keras;
-# tests/test_cli.py holds the two together.
-SAMPLERS = (
-    "ddpm",
-    "ddim",
-    "pndm",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_karras",
-    "unipc",
-    "lcm",
-)
+SAMPLERS = tuple(SAMPLER_CLASSES)
 DTYPES = ("float32", "bfloat16", "float16")
 
 _SHARED = (
@@ -112,8 +98,8 @@ def _parser() -> _Parser:
     add("--output", default="out.png", metavar="PNG", help="default: out.png; several: out-0.png, out-1.png, ...")
     add("--negative-prompt", type=_text, help="what to keep away from; default: nothing")
     add("--num-images", type=_whole(1), default=1, help="pictures for each prompt; default: 1")
-    add("--num-steps", type=_whole(1), help="default: the model's own")
-    add("--guidance-scale", type=_number, help="how closely to follow the prompt; default: the model's own")
+    add("--num-steps", type=_whole(1), help="default: 25")
+    add("--guidance-scale", type=_number, help="how closely to follow the prompt; default: 5")
     add("--seed", type=_whole(0), help="of the first picture, the next has one more; default: random")
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own")
     add("--height", type=_whole(1), help="in pixels; default: the model's own")
@@ -154,7 +140,14 @@ def _generate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         progress=options.progress,
     )
-    made = replace(settings, dtype=pipeline.dtype, backend=backend, height=images.shape[1], width=images.shape[2])
+    made = replace(
+        settings,
+        sampler=settings.sampler or pipeline.settings.sampler,
+        height=images.shape[1],
+        width=images.shape[2],
+        dtype=pipeline.dtype,
+        backend=backend,
+    )
     for index, (image, seed, output) in enumerate(zip(images, seeds, outputs, strict=True)):
         write_png(output, image, replace(made, prompt=prompts[index // options.num_images], seed=seed))
         print(f"{output}  seed {seed}")

@@ -1,5 +1,6 @@
 """The command line, with a pipeline that draws one grey level and remembers what it was asked for."""
 
+import inspect
 import subprocess
 import sys
 import types
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff import __version__, catalogue, cli
+from latentdiff import __version__, catalogue, cli, pictures
 from latentdiff.pictures import Settings, read_settings, write_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,7 @@ class Pipeline:
     """Stands in for TextToImage: image i of a call is grey level i."""
 
     dtype = "bfloat16"
+    settings = types.SimpleNamespace(sampler="ddim")
 
     def __init__(self):
         self.calls = []
@@ -80,8 +82,8 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
     assert arguments == {
         "negative_prompt": "",
         "num_images": 1,
-        "num_steps": None,
-        "guidance_scale": None,
+        "num_steps": 25,
+        "guidance_scale": 5.0,
         "sampler": None,
         "height": None,
         "width": None,
@@ -122,6 +124,8 @@ def test_a_picture_tells_what_it_was_made_with(pipeline):
         preset="emoji",
         seed=7,
         num_steps=4,
+        guidance_scale=5.0,
+        sampler="ddim",
         height=8,
         width=16,
         dtype="bfloat16",
@@ -311,7 +315,13 @@ def test_a_failed_start_shows_what_was_held_back(monkeypatch, capfd):
     assert capfd.readouterr().err == "libcuda is too old\n"
 
 
-def test_the_command_names_the_samplers_that_exist():
-    from latentdiff.diffusion import samplers
+def test_the_command_knows_what_the_pipeline_knows():
+    from latentdiff.diffusion.noise import MAX_SEED
+    from latentdiff.diffusion.samplers import SAMPLERS
+    from latentdiff.pipeline import TextToImage
 
-    assert cli.SAMPLERS == samplers.SAMPLERS
+    assert cli.SAMPLERS == SAMPLERS
+    assert pictures.MAX_SEED == MAX_SEED
+    defaults = inspect.signature(TextToImage.generate).parameters
+    assert Settings.num_steps == defaults["num_steps"].default
+    assert Settings.guidance_scale == defaults["guidance_scale"].default

@@ -1,6 +1,5 @@
-"""What the package promises to those who install it, and which module may import which."""
+"""What the package promises to those who install it."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import latentdiff
 from latentdiff import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "latentdiff"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -87,55 +85,3 @@ def test_what_is_neither_a_name_nor_a_directory_is_refused(preset):
 def test_a_preset_is_text_or_a_path(preset):
     with pytest.raises(TypeError, match="`preset` must be a name or a directory"):
         catalogue.resolve_preset(preset)
-
-
-def imported(path):
-    """The dotted names that a module imports, those inside its functions too, less those for type checkers alone."""
-    names = set()
-    todo = [ast.parse(path.read_text())]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            todo += node.orelse
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        todo += ast.iter_child_nodes(node)
-    return names
-
-
-MODULES = {path.relative_to(PACKAGE): imported(path) for path in sorted(PACKAGE.rglob("*.py"))}
-
-
-def within(names, *packages):
-    return {name for name in names for package in packages if name == package or name.startswith(package + ".")}
-
-
-def test_the_mathematics_knows_no_networks_and_the_networks_no_mathematics():
-    above = ("training", "metrics", "pipeline", "presets", "export")
-    for path, names in MODULES.items():
-        floor = path.parts[0]
-        others = {"diffusion", "models", "checkpoints"} - {floor}
-        if floor in ("diffusion", "models", "checkpoints"):
-            assert not within(names, *(f"latentdiff.{each}" for each in (*others, *above))), path
-
-
-def test_only_the_top_floor_joins_mathematics_and_networks():
-    for path, names in MODULES.items():
-        if within(names, "latentdiff.diffusion") and within(names, "latentdiff.models"):
-            assert path.parts[0].removesuffix(".py") in ("training", "metrics", "pipeline", "presets", "export"), path
-
-
-def test_only_the_backend_and_the_export_name_tensorflow_or_jax():
-    for path, names in MODULES.items():
-        if within(names, "tensorflow", "jax", "torch"):
-            assert path.parts[0].removesuffix(".py") in ("backend", "export", "data"), path
-
-
-def test_checkpoints_are_read_without_keras():
-    for path, names in MODULES.items():
-        if path.parts[0] == "checkpoints":
-            assert not within(names, "keras", "tensorflow", "jax", "torch", "pickle", "h5py"), path
