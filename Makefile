@@ -1,0 +1,99 @@
+# Every target builds the environment it needs: the only thing to have is Python 3.11, 3.12 or 3.13 with venv.
+#
+#   make run PROMPT="a red heart, noto style"    writes out.png
+#   make test                                    the tests, on TensorFlow and on JAX
+#   make lint                                    ruff and pyright
+#   make peers                                   the comparison with diffusers and transformers (needs torch)
+#   make wheel                                   builds the wheel and generates from it in an empty directory
+
+SHELL := /bin/bash
+
+# The first of these that is a supported Python; `make PYTHON=/path/to/python ...` names another.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	"$$name" -c '$(SUPPORTED)' 2>/dev/null && echo "$$name" && break; done)
+
+PROMPT ?= a red heart, noto style
+OUTPUT ?= out.png
+export PROMPT OUTPUT
+
+# PyPI's own build for Linux brings several GB of CUDA along. Where PyTorch's index can be reached, the CPU build is
+#   make peers TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+VENV_PEERS := .venv-peers
+VENV_WHEEL := .venv-wheel
+PINNED := requirements.txt pyproject.toml
+PIP := -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint requirements.txt
+
+# The same tests run on JAX, less those that touch no array.
+NO_ARRAYS := cli packaging pictures
+JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
+
+.PHONY: run test lint format peers wheel clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.run
+	$(VENV)/bin/latentdiff generate "$$PROMPT" --output "$$OUTPUT"
+
+test: $(VENV)/.test
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest tests --ignore=tests/peers
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=jax $(VENV)/bin/python -m pytest tests --ignore=tests/peers $(JAX_IGNORES)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+peers: $(VENV_PEERS)/.peers
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest tests/peers
+
+# Installed by name and run elsewhere with -P, so nothing of the checkout is seen.
+wheel: $(VENV)/.run
+	rm -rf dist $(VENV_WHEEL)
+	$(VENV)/bin/python $(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV_WHEEL)
+	$(VENV_WHEEL)/bin/python $(INSTALL) dist/latentdiff-*.whl
+	root="$$PWD"; empty="$$(mktemp -d)"; trap 'rm -rf "$$empty"' EXIT; cd "$$empty" \
+		&& "$$root/$(VENV_WHEEL)/bin/latentdiff" generate "a red heart, noto style" --num-steps 4 --seed 0 \
+		&& "$$root/$(VENV_WHEEL)/bin/latentdiff" generate --from out.png --output again.png \
+		&& cmp out.png again.png
+	rm -rf $(VENV_WHEEL)
+
+clean:
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_WHEEL) build dist out.png
+
+# Stamps: each remembers that an environment holds what requirements.txt and pyproject.toml said.
+$(VENV)/.run: $(PINNED) | $(VENV)/bin/python
+	$(VENV)/bin/python $(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.test: $(PINNED) | $(VENV)/bin/python
+	$(VENV)/bin/python $(INSTALL) --editable ".[test]"
+	touch $(VENV)/.run $@
+
+$(VENV)/.lint: $(PINNED) | $(VENV)/bin/python
+	$(VENV)/bin/python $(INSTALL) --editable ".[test,lint]"
+	touch $(VENV)/.run $(VENV)/.test $@
+
+# The peers lie on top of what the tests use, in an environment of their own, so that `make test` never sees torch.
+# torch comes first and alone, so that the build chosen above stays.
+$(VENV_PEERS)/.peers: $(VENV)/.test | $(VENV_PEERS)/bin/python
+	site() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(site $(VENV))')" > "$$(site $(VENV_PEERS))/tests.pth"
+	$(VENV_PEERS)/bin/python $(INSTALL) $(TORCH)
+	$(VENV_PEERS)/bin/python $(INSTALL) --editable ".[peers]"
+	touch $@
+
+$(VENV)/bin/python $(VENV_PEERS)/bin/python:
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "latentdiff needs Python 3.11, 3.12 or 3.13; found:" \
+		"$$(python3 --version 2>&1 || echo none). Name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) comes without venv and pip;" \
+		"Debian and Ubuntu have them in python3-venv (apt-get install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(@:/bin/python=)

@@ -1,0 +1,98 @@
+"""The one place that compiles functions, per backend and per device.
+
+On a CPU a plain TensorFlow graph on oneDNN is fastest, on a GPU XLA; JAX compiles with XLA always.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class Compiled:
+    """A function of arrays, compiled once for each set of shapes and dtypes.
+
+    The networks' weights are no arguments of `function`: TensorFlow's graph refers to its variables, and on JAX they are
+    handed to the compiled function behind the scenes, so that they are never constants in it.
+
+    Args:
+        function: takes and gives arrays; is run in Python only to be traced.
+        models: every network that `function` calls.
+
+    Attributes:
+        traces: how often `function` was traced.
+    """
+
+    def __init__(self, function: Callable[..., Any], models: Sequence[keras.Model]):
+        self.traces = 0
+        self._function = function
+        self._models = tuple(models)
+        if keras.backend.backend() == "jax":
+            self._run = self._jax()
+        elif keras.backend.backend() == "tensorflow":
+            self._run = self._tensorflow()
+        else:
+            self._run = self._traced
+
+    def __call__(self, *arrays: Any) -> Any:
+        """What `function` gives for these arrays, NumPy's or the backend's; Python numbers would be traced anew."""
+        return self._run(*(array if ops.is_tensor(array) else ops.convert_to_tensor(array) for array in arrays))
+
+    def _traced(self, *arrays):
+        self.traces += 1
+        return self._function(*arrays)
+
+    def _tensorflow(self):
+        import tensorflow as tf
+
+        return tf.function(self._traced, jit_compile=has_gpu(), autograph=False)
+
+    def _jax(self):
+        import jax
+
+        variables = [variable for model in self._models for variable in model.variables]
+
+        @jax.jit
+        def pure(values, *arrays):
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return self._traced(*arrays)
+
+        return lambda *arrays: pure([variable.value for variable in variables], *arrays)
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether the backend computes on a GPU."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_physical_devices("GPU"))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "gpu"
+    return False
+
+
+@functools.cache
+def default_dtype() -> str:
+    """The dtype that networks compute in where none is asked for: bfloat16 where the device multiplies it, else float32."""
+    if has_gpu():
+        return "bfloat16"
+    if keras.backend.backend() != "tensorflow":
+        return "float32"
+    # On a CPU without these instructions oneDNN emulates bfloat16, several times slower than float32.
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def to_numpy(array: Any, dtype: str) -> np.ndarray:
+    """A tensor as a NumPy array of another dtype."""
+    return np.asarray(ops.convert_to_numpy(ops.cast(array, dtype)))

@@ -1,0 +1,55 @@
+"""Where models are found: the names that ship in `weights/`, and directories; imports no Keras."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+# Formats that hold Python pickles: reading one can run whatever program its author put there.
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+
+
+def weights_directory() -> Path:
+    """The directory of the shipped models: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "weights"
+    return installed if installed.is_dir() else package.parent / "weights"
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of the shipped models, in alphabetical order."""
+    directory = weights_directory()
+    return tuple(sorted(path.name for path in directory.iterdir() if path.is_dir())) if directory.is_dir() else ()
+
+
+def resolve_preset(preset: str | os.PathLike[str]) -> Path:
+    """The directory that a preset stands for.
+
+    A shipped name comes first; a directory of the same name is meant by `./name` or by a `Path`.
+
+    Args:
+        preset: a name in `weights/`, or the path of a model directory.
+
+    Returns:
+        An existing directory; what it holds has not been looked at.
+
+    Raises:
+        TypeError: if `preset` is neither a string nor a path.
+        ValueError: if it is neither a name nor a directory, with the names that are near; if it is a file.
+    """
+    if not isinstance(preset, str | os.PathLike):
+        raise TypeError(f"`preset` must be a name or a directory. Received: {preset!r}.")
+    names = preset_names()
+    if isinstance(preset, str) and preset in names:
+        return weights_directory() / preset
+    path = Path(preset)
+    if str(preset) and path.is_dir():
+        return path
+    if str(preset) and path.is_file():
+        if path.suffix.lower() in _PICKLES:
+            raise ValueError(f"a pickle can run any program and is never opened. Received: {str(path)!r}.")
+        raise ValueError(f"`preset` must be a name or a model directory, not a file. Received: {str(path)!r}.")
+    near = difflib.get_close_matches(str(preset), names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Names: {', '.join(names) or 'none'}."
+    raise ValueError(f"`preset` must be a name in weights/ or a model directory. Received: {str(preset)!r}. {hint}")

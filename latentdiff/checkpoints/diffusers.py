@@ -1,0 +1,276 @@
+"""A diffusers model directory, component by component: configuration and weights read, and written.
+
+A pipeline's directory has `model_index.json` and a folder for each component; a component's own directory has its
+`config.json` and its weights. Nothing in them is run: JSON and safetensors are parsed, and what they say is checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from latentdiff.checkpoints import diffusers_autoencoder, diffusers_text_encoder, diffusers_unet
+from latentdiff.checkpoints.files import CheckpointError, read_json, replaced_directory, write_json
+from latentdiff.checkpoints.key_map import Entry, Weights, as_dtype, cast, match
+from latentdiff.checkpoints.safetensors_files import open_weights, write_file
+
+VERSION = "0.42.1"  # the diffusers whose files ours are like
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+# Parts that some directories have and nobody runs here.
+IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where diffusers keeps a kind of component, and who knows its configuration and keys."""
+
+    folder: str
+    library: str
+    class_names: tuple[str, ...]
+    stem: str
+    module: ModuleType
+    ignored_keys: tuple[str, ...] = ()
+
+
+KINDS = {
+    "unet": Kind("unet", "diffusers", ("UNet2DConditionModel",), "diffusion_pytorch_model", diffusers_unet),
+    "autoencoder": Kind("vae", "diffusers", ("AutoencoderKL",), "diffusion_pytorch_model", diffusers_autoencoder),
+    "text_encoder": Kind(
+        "text_encoder",
+        "transformers",
+        ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        "model",
+        diffusers_text_encoder,
+        diffusers_text_encoder.IGNORED_KEYS,
+    ),
+}
+_DTYPE_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component as it was found.
+
+    Attributes:
+        kind: "unet", "autoencoder" or "text_encoder".
+        directory: Its own directory.
+        config: Its constructor's keyword arguments.
+        details: Fields that change no number and are worth writing back: `sample_size`, token ids.
+        weights: Variable path -> array, read when asked for.
+        ignored: The file's keys that are left out on purpose.
+    """
+
+    kind: str
+    directory: Path
+    config: dict[str, Any]
+    details: dict[str, Any]
+    weights: Weights
+    ignored: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PipelineIndex:
+    """What `model_index.json` says.
+
+    Attributes:
+        class_name: The pipeline's class in diffusers.
+        ignored: Components that are there and are not run here: the safety checker and its kind.
+    """
+
+    class_name: str
+    ignored: tuple[str, ...]
+
+
+def find_component(directory: str | os.PathLike, kind: str) -> Path:
+    """The directory of a component: the one in a pipeline's directory, or `directory` itself.
+
+    Raises:
+        FileNotFoundError: If there is no configuration in either place.
+    """
+    _check_kind(kind)
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"There is no model directory `{directory}`.")
+    inside = directory / KINDS[kind].folder
+    if (inside / "config.json").is_file():
+        return inside
+    if (directory / "config.json").is_file() and not (directory / "model_index.json").is_file():
+        return directory
+    raise FileNotFoundError(
+        f"A model directory must have `{KINDS[kind].folder}/config.json`, or be a component's own with `config.json`."
+        f" Received: `{directory}`"
+    )
+
+
+def read_config(directory: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A component's constructor arguments and details, without its weights.
+
+    Raises:
+        FileNotFoundError: If there is no configuration.
+        CheckpointError: If it is another class's, or asks for what cannot be done here.
+    """
+    path = find_component(directory, kind) / "config.json"
+    values = read_json(path)
+    classes = KINDS[kind].class_names
+    names = values.get("_class_name", values.get("architectures"))
+    for name in names if isinstance(names, list) else [names]:
+        if name is not None and name not in classes:
+            raise CheckpointError(f"`{path}` must be a configuration of {' or '.join(classes)}. Received: {name!r:.80}")
+    return KINDS[kind].module.read_config(values, str(path))
+
+
+def read_component(
+    directory: str | os.PathLike, kind: str, *, dtype: str | np.dtype | None = None, variant: str | None = None
+) -> Component:
+    """A component's configuration and weights.
+
+    All keys and shapes have been checked when this returns; the numbers are read, and checked to be finite, when
+    `weights` is asked for them, one at a time.
+
+    Args:
+        directory: A pipeline's directory, or the component's own.
+        kind: "unet", "autoencoder" or "text_encoder".
+        dtype: What the arrays are converted to; None leaves them as they are stored.
+        variant: For example "fp16"; None takes the plain file, or the only variant that there is.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+        CheckpointError: If the configuration cannot be expressed here, a file is damaged or a pickle, or keys are
+            missing, left over or misshapen.
+    """
+    target = as_dtype(dtype)
+    config, details = read_config(directory, kind)
+    directory = find_component(directory, kind)
+    tensors = open_weights(directory, KINDS[kind].stem, variant)
+    ignored = {name for name in KINDS[kind].ignored_keys if name in tensors}
+    sources = match(key_map(kind, config), tensors, ignored, str(directory))
+    return Component(kind, directory, config, details, Weights(sources, target), tuple(sorted(ignored)))
+
+
+def key_map(kind: str, config: Mapping[str, Any]) -> list[Entry]:
+    """Every variable of the component that `config` describes, with its foreign names and shape."""
+    _check_kind(kind)
+    return KINDS[kind].module.key_map(config)
+
+
+def write_component(
+    directory: str | os.PathLike,
+    kind: str,
+    config: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    details: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a component's directory, which appears whole or not at all.
+
+    Args:
+        directory: The component's own directory.
+        kind: "unet", "autoencoder" or "text_encoder".
+        config: Its constructor's arguments, all of them (`get_config()` will do).
+        arrays: Variable path -> array, exactly those of `key_map`.
+        dtype: "float16", "bfloat16" or "float32", of the file.
+        details: Fields that change no number: `sample_size`, token ids.
+        overwrite: Whether an existing component's directory may be replaced.
+
+    Raises:
+        FileExistsError: If the directory has files and `overwrite` is false.
+        ValueError: If diffusers cannot express `config`, or `arrays` are not the component's.
+        CheckpointError: If an array holds NaN, infinity, or a number too large for `dtype`.
+    """
+    _check_kind(kind)
+    if dtype not in _DTYPE_CODES:
+        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPE_CODES)}. Received: dtype={dtype!r}")
+    fields = KINDS[kind].module.write_config(config, details or {})
+    if KINDS[kind].library == "diffusers":
+        fields["_diffusers_version"] = VERSION
+    entries = sorted(key_map(kind, config), key=lambda entry: entry.keys[0])
+    _check_arrays(entries, arrays)
+    target = as_dtype(dtype)
+    assert target is not None
+    with replaced_directory(directory, overwrite) as fresh:
+        write_json(fresh / "config.json", fields)
+        write_file(
+            fresh / f"{KINDS[kind].stem}.safetensors",
+            {entry.keys[0]: entry.foreign_shape for entry in entries},
+            _DTYPE_CODES[dtype],
+            (entry.to_foreign(cast(np.asarray(arrays[entry.path]), target, f"`{entry.path}`")) for entry in entries),
+        )
+
+
+def read_pipeline_index(directory: str | os.PathLike) -> PipelineIndex:
+    """A pipeline's `model_index.json`, with the presence of its parts.
+
+    Raises:
+        FileNotFoundError: If parts are missing; all are named.
+        CheckpointError: If it is another pipeline's, or has parts that would change the picture.
+    """
+    directory = Path(directory)
+    path = directory / "model_index.json"
+    values = read_json(path)
+    name = values.get("_class_name")
+    if name not in PIPELINES:
+        raise CheckpointError(f"`{path}` must be of {' or '.join(PIPELINES)}. Received: {name!r:.80}")
+    parts = {part: value for part, value in values.items() if isinstance(value, list) and value != [None, None]}
+    expected = {kind.folder: kind.class_names for kind in KINDS.values()}
+    for part, classes in expected.items():
+        if part in parts and parts[part][-1] not in classes:
+            raise CheckpointError(f"`{path}`: `{part}` must be {' or '.join(classes)}. Received: {parts[part]!r:.200}")
+    unknown = sorted(set(parts) - set(expected) - {"tokenizer", "scheduler", *IGNORED_PARTS})
+    if unknown:
+        raise CheckpointError(f"`{path}` has parts that are not supported: {', '.join(unknown)}")
+    needed = [f"{folder}/config.json" for folder in expected] + ["scheduler/scheduler_config.json"]
+    absent = [part for part in (*expected, "tokenizer", "scheduler") if part not in parts]
+    if absent:
+        raise CheckpointError(f"`{path}` must have all parts of a pipeline. It lacks: {', '.join(absent)}")
+    missing = [file for file in needed if not (directory / file).is_file()]
+    missing += ["tokenizer/"] if not (directory / "tokenizer").is_dir() else []
+    if missing:
+        raise FileNotFoundError(f"`{directory}` is no whole model directory. It lacks: {', '.join(missing)}")
+    return PipelineIndex(name, tuple(part for part in IGNORED_PARTS if part in parts))
+
+
+def write_pipeline_index(directory: str | os.PathLike, sampler_class: str) -> None:
+    """Writes `model_index.json` of a StableDiffusionPipeline without a safety checker.
+
+    Args:
+        directory: The pipeline's directory.
+        sampler_class: The scheduler's class in diffusers, for example "PNDMScheduler".
+    """
+    parts = {kind.folder: [kind.library, kind.class_names[0]] for kind in KINDS.values()}
+    write_json(
+        Path(directory) / "model_index.json",
+        {
+            "_class_name": PIPELINES[0],
+            "_diffusers_version": VERSION,
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", sampler_class],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            **parts,
+        },
+    )
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}. Received: kind={kind!r}")
+
+
+def _check_arrays(entries: list[Entry], arrays: Mapping[str, Any]) -> None:
+    wanted = {entry.path: entry.shape for entry in entries}
+    problems = [f"missing: {path} {shape}" for path, shape in wanted.items() if path not in arrays]
+    problems += [f"left over: {path}" for path in arrays if path not in wanted]
+    for path, shape in wanted.items():
+        if path in arrays and tuple(arrays[path].shape) != shape:
+            problems.append(f"shape: {path} must be {shape}, is {tuple(arrays[path].shape)}")
+    if problems:
+        raise ValueError("`arrays` must be those of the configuration. Received:\n  " + "\n  ".join(problems))

@@ -1,0 +1,142 @@
+"""JSON that is checked as it is read, and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a sharded model is a hundredth of this
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
+MODEL_FILES = ("model_index.json", "config.json", "scheduler_config.json")
+
+
+class CheckpointError(ValueError):
+    """A model directory whose content cannot be used; the message names the file and what is wrong."""
+
+
+def parse_json(text: bytes, source: str) -> dict[str, Any]:
+    """The JSON object in `text`.
+
+    Args:
+        text: UTF-8 bytes.
+        source: The file's name, for errors.
+
+    Raises:
+        CheckpointError: If it is not one JSON object, or names a key twice, or nests too deep.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {twice!r:.200} is given twice")
+        return fields
+
+    try:
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{source}` must be JSON. Received: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"`{source}` must hold a JSON object. Received: {type(fields).__name__}")
+    return fields
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`, of at most 16 MiB.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If its content is not one JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"A model directory must have `{path.name}`. There is no file `{path}`.")
+    if path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"`{path}` must be at most {JSON_LIMIT} bytes. Received: {path.stat().st_size}")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Writes `fields` as diffusers does: two spaces, sorted, one newline at the end."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory beside `target` to write into, which takes its place when the block ends well.
+
+    When the block raises, the new directory is removed and `target` is as it was. What an overwritten model directory
+    holds beside its model (a README, a licence) moves into the new one.
+
+    Args:
+        target: The directory that is to exist afterwards.
+        overwrite: Whether an existing model directory may be replaced.
+
+    Raises:
+        FileExistsError: If `target` holds files and `overwrite` is false, or holds no model.
+    """
+    target = Path(target).resolve()
+    _check_replaceable(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    fresh = target.with_name(f".{target.name}.{mark}.new")
+    fresh.mkdir()
+    try:
+        yield fresh
+        for folder, _, _ in os.walk(fresh):
+            _sync_directory(Path(folder))
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if not target.exists():
+        fresh.rename(target)
+        _sync_directory(target.parent)
+        return
+    former = target.with_name(f".{target.name}.{mark}.old")
+    target.rename(former)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        former.rename(target)
+        raise
+    for entry in former.iterdir():
+        if _stands_beside_a_model(entry) and not (target / entry.name).exists():
+            entry.rename(target / entry.name)
+    _sync_directory(target.parent)
+    shutil.rmtree(former)
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"A model is saved as a directory. `{target}` is a file.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"`{target}` exists and is not empty. Remove it, or save with overwrite=True.")
+    if not any((target / name).is_file() for name in MODEL_FILES):
+        raise FileExistsError(f"Only a model directory is overwritten. `{target}` holds files, but no model.")
+
+
+def _stands_beside_a_model(entry: Path) -> bool:
+    return entry.is_file() and not entry.name.endswith(WEIGHT_SUFFIXES) and entry.suffix != ".json"
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name != "posix":
+        return  # elsewhere a directory cannot be opened to be synced
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

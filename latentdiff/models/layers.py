@@ -1,0 +1,585 @@
+"""The blocks of the three networks: norms, residual blocks, attention, resampling, timestep embedding.
+
+Layout is channels last, (B, H, W, C); sequences are (B, N, D). Blocks take ints, in the order of the documents' code.
+References: Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, appendix B, arXiv:2006.11239;
+Rombach et al. 2022, appendix E, arXiv:2112.10752; Vaswani et al. 2017, eq. 1, arXiv:1706.03762.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+
+import keras
+from keras import ops
+
+register = keras.saving.register_keras_serializable(package="latentdiff")
+
+QUERY_CHUNK = 512  # queries attended to at once when there are more than twice as many; scores stay in cache
+
+_blank = contextvars.ContextVar("blank", default=False)
+
+
+@contextlib.contextmanager
+def blank_weights() -> Iterator[None]:
+    """A scope in which layers start at zero: for networks whose weights are about to be loaded."""
+    token = _blank.set(True)
+    try:
+        yield
+    finally:
+        _blank.reset(token)
+
+
+def kernel_initializer(zero: bool = False) -> str:
+    """The name of the initializer for a kernel; `zero` marks the last layer of a residual branch."""
+    return "zeros" if zero or _blank.get() else "glorot_uniform"
+
+
+def embedding_initializer():
+    """The initializer of token and position embeddings: CLIP's normal of standard deviation 0.02."""
+    return "zeros" if _blank.get() else keras.initializers.RandomNormal(stddev=0.02)
+
+
+def dense(units: int, name: str, dtype=None, use_bias: bool = True, zero: bool = False) -> keras.layers.Dense:
+    """A dense layer (..., D) -> (..., units)."""
+    return keras.layers.Dense(
+        units, use_bias=use_bias, kernel_initializer=kernel_initializer(zero), name=name, dtype=dtype
+    )
+
+
+def conv(channels: int, size: int, name: str, dtype=None, zero: bool = False) -> keras.layers.Conv2D:
+    """A convolution of stride 1 that keeps the size: (B, H, W, C) -> (B, H, W, channels)."""
+    return keras.layers.Conv2D(
+        channels, size, padding="same", kernel_initializer=kernel_initializer(zero), name=name, dtype=dtype
+    )
+
+
+def check_groups(channels: int, groups: int) -> None:
+    """Raises ValueError where `groups` does not divide `channels`."""
+    if groups < 1 or channels % groups:
+        raise ValueError(f"`channels` must be divisible by `groups`. Received: channels={channels}, groups={groups}.")
+
+
+def heads_of(width: int, heads: int) -> int:
+    """The width of one head; raises ValueError where `heads` does not divide `width`."""
+    if heads < 1 or width % heads:
+        raise ValueError(f"`width` must be divisible by `heads`. Received: width={width}, heads={heads}.")
+    return width // heads
+
+
+class Block(keras.layers.Layer):
+    """A layer that is made of layers, remembers its constructor's arguments and builds its parts by their shapes."""
+
+    def __init__(self, arguments: dict, name=None, dtype=None):
+        super().__init__(name=name, dtype=dtype)
+        self.arguments = {k: v for k, v in arguments.items() if k not in ("self", "__class__", "name", "dtype")}
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), **self.arguments}
+
+    @classmethod
+    def from_config(cls, config: dict):
+        return super().from_config({k: v for k, v in config.items() if k != "trainable"})
+
+    def build_parts(self, **shapes) -> None:
+        """Builds each named sublayer for the shape it will see."""
+        for name, shape in shapes.items():
+            getattr(self, name).build(shape)
+
+
+@register
+class GroupNorm(keras.layers.GroupNormalization):
+    """Group normalisation, equal to Keras' own, as one float32 sum per channel and one multiply-add over the array.
+
+    Args:
+        groups: how many groups the channels fall into; divides the channels.
+        epsilon: added to the variance.
+
+    Reference: Wu and He 2018, arXiv:1803.08494.
+    """
+
+    def build(self, x_shape):
+        check_groups(x_shape[-1], self.groups)
+        super().build(x_shape)
+
+    def call(self, inputs):
+        """inputs: (B, ..., C) -> (B, ..., C)."""
+        channels = inputs.shape[-1]
+        grouped = (self.groups, channels // self.groups)
+        axes = tuple(range(1, len(inputs.shape) - 1))
+        x = ops.cast(inputs, "float32")
+        mean = self._over_groups(ops.mean(x, axis=axes), grouped)  # (B, G, 1)
+        square = self._over_groups(ops.mean(ops.square(x), axis=axes), grouped)  # (B, G, 1)
+        variance = ops.maximum(square - ops.square(mean), 0.0)
+        gamma, beta = (ops.reshape(ops.cast(v, "float32"), grouped) for v in (self.gamma, self.beta))
+        scale = ops.rsqrt(variance + self.epsilon) * gamma  # (B, G, C / G)
+        offset = beta - mean * scale
+        per_channel = (-1, *(1 for _ in axes), channels)  # (B, 1, ..., C)
+        return ops.cast(x * ops.reshape(scale, per_channel) + ops.reshape(offset, per_channel), self.compute_dtype)
+
+    def _over_groups(self, x, grouped: tuple[int, int]):
+        return ops.mean(ops.reshape(x, (-1, *grouped)), axis=-1, keepdims=True)
+
+
+def group_norm(groups: int, epsilon: float, name: str, dtype=None) -> GroupNorm:
+    """A group normalisation with the field's three arguments."""
+    return GroupNorm(groups=groups, epsilon=epsilon, name=name, dtype=dtype)
+
+
+def layer_norm(epsilon: float, name: str, dtype=None) -> keras.layers.LayerNormalization:
+    """A layer normalisation over the last axis."""
+    return keras.layers.LayerNormalization(epsilon=epsilon, name=name, dtype=dtype)
+
+
+@register
+class ResnetBlock(Block):
+    """Two convolutions behind norms and swish, added to their input; told the time where `time` is set.
+
+    Args:
+        channels: channels that come out; a 1 x 1 convolution joins the input where it has another number.
+        groups: groups of the norms.
+        norm_epsilon: epsilon of the norms.
+        time: whether a timestep's embedding (B, E) is added between the convolutions.
+        zero: whether the block starts as the identity (the UNet's do).
+
+    Raises:
+        ValueError: `groups` does not divide the channels.
+
+    Reference: Ho et al. 2020, appendix B; `documents`' ResnetBlock.
+    """
+
+    def __init__(self, channels: int, groups: int, norm_epsilon=1e-5, time=False, zero=False, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        check_groups(channels, groups)
+        policy = self.dtype_policy
+        self.norm_1 = group_norm(groups, norm_epsilon, "norm_1", policy)
+        self.conv_1 = conv(channels, 3, "conv_1", policy)
+        self.time = dense(channels, "time", policy) if time else None
+        self.norm_2 = group_norm(groups, norm_epsilon, "norm_2", policy)
+        self.conv_2 = conv(channels, 3, "conv_2", policy, zero=zero)
+        self.skip = None
+
+    def build(self, x_shape, time_shape=None):
+        channels = self.arguments["channels"]
+        middle = (*x_shape[:-1], channels)
+        self.build_parts(norm_1=x_shape, conv_1=x_shape, norm_2=middle, conv_2=middle)
+        if self.time is not None:
+            self.time.build(time_shape)
+        if x_shape[-1] != channels:
+            self.skip = conv(channels, 1, "skip", self.dtype_policy)
+            self.skip.build(x_shape)
+
+    def call(self, x, time=None):
+        """x: (B, H, W, C), time: (B, E) or None -> (B, H, W, channels)."""
+        h = self.conv_1(ops.silu(self.norm_1(x)))
+        if self.time is not None:
+            h = h + self.time(ops.silu(time))[:, None, None, :]
+        h = self.conv_2(ops.silu(self.norm_2(h)))
+        return (x if self.skip is None else self.skip(x)) + h
+
+    def compute_output_shape(self, x_shape, time_shape=None):
+        return (*x_shape[:-1], self.arguments["channels"])
+
+
+def attend(query, key, value, heads: int, causal: bool = False):
+    """Scaled dot-product attention, softmax in float32, many queries in chunks.
+
+    Args:
+        query: (B, N, D); key, value: (B, S, D).
+        heads: divides D.
+        causal: whether position n sees only positions up to n.
+
+    Returns:
+        (B, N, D).
+
+    Reference: Vaswani et al. 2017, eq. 1; chunks: Rabe and Staats 2021, arXiv:2112.05682.
+    """
+    size = query.shape[-1] // heads
+
+    def split(x):
+        return ops.reshape(x, (-1, ops.shape(x)[1], heads, size))
+
+    q = ops.transpose(split(query), (0, 2, 1, 3)) * (1 / math.sqrt(size))  # (B, heads, N, D / heads)
+    k = ops.transpose(split(key), (0, 2, 3, 1))  # (B, heads, D / heads, S)
+    v = ops.transpose(split(value), (0, 2, 1, 3))  # (B, heads, S, D / heads)
+
+    def rows(q):
+        scores = ops.cast(ops.matmul(q, k), "float32")  # (B, heads, n, S)
+        if causal:
+            n = ops.shape(scores)[-1]
+            hidden = ops.arange(n)[None, :] > ops.arange(n)[:, None]
+            scores = scores + ops.cast(hidden, "float32") * -1e9
+        return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), v.dtype), v)  # (B, heads, n, D / heads)
+
+    n = query.shape[1]
+    if n is None or n <= 2 * QUERY_CHUNK or causal:
+        out = rows(q)
+    else:
+        out = ops.concatenate([rows(q[:, :, i : i + QUERY_CHUNK]) for i in range(0, n, QUERY_CHUNK)], axis=2)
+    out = ops.transpose(out, (0, 2, 1, 3))  # (B, N, heads, D / heads)
+    return ops.reshape(out, (-1, ops.shape(out)[1], heads * size))
+
+
+@register
+class Attention(Block):
+    """Multi-head attention of a sequence over itself or over a context.
+
+    Args:
+        width: D, of the sequence that comes in and goes out.
+        heads: divides `width`.
+        use_bias: whether query, key and value have biases (out always has).
+        causal: whether a position sees only those up to itself.
+        zero: whether the block starts at zero.
+
+    Raises:
+        ValueError: `heads` does not divide `width`.
+    """
+
+    def __init__(self, width: int, heads: int, use_bias=False, causal=False, zero=False, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        heads_of(width, heads)
+        self.heads, self.causal = heads, causal
+        policy = self.dtype_policy
+        self.query = dense(width, "query", policy, use_bias)
+        self.key = dense(width, "key", policy, use_bias)
+        self.value = dense(width, "value", policy, use_bias)
+        self.out = dense(width, "out", policy, zero=zero)
+
+    def build(self, x_shape, context_shape=None):
+        context_shape = context_shape or x_shape
+        self.build_parts(query=x_shape, key=context_shape, value=context_shape, out=x_shape)
+
+    def call(self, x, context=None):
+        """x: (B, N, D), context: (B, S, E) or None for x itself -> (B, N, D)."""
+        context = x if context is None else context
+        return self.out(attend(self.query(x), self.key(context), self.value(context), self.heads, self.causal))
+
+    def compute_output_shape(self, x_shape, context_shape=None):
+        return x_shape
+
+
+@register
+class AttentionBlock(Block):
+    """The autoencoder's attention: one head over all positions, behind a norm, added to its input.
+
+    Args:
+        channels: C.
+        groups: groups of the norm.
+        norm_epsilon: epsilon of the norm.
+
+    Raises:
+        ValueError: `groups` does not divide the channels.
+
+    Reference: `documents`' AttentionBlock.
+    """
+
+    def __init__(self, channels: int, groups: int, norm_epsilon=1e-6, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        check_groups(channels, groups)
+        policy = self.dtype_policy
+        self.norm = group_norm(groups, norm_epsilon, "norm", policy)
+        self.query = dense(channels, "query", policy)
+        self.key = dense(channels, "key", policy)
+        self.value = dense(channels, "value", policy)
+        self.out = dense(channels, "out", policy)
+
+    def build(self, x_shape):
+        sequence = (x_shape[0], None, x_shape[-1])
+        self.build_parts(norm=x_shape, query=sequence, key=sequence, value=sequence, out=sequence)
+
+    def call(self, x):
+        """x: (B, H, W, C) -> (B, H, W, C)."""
+        h = flatten_positions(self.norm(x))  # (B, N, C)
+        h = self.out(attend(self.query(h), self.key(h), self.value(h), heads=1))
+        return x + ops.reshape(h, ops.shape(x))
+
+    def compute_output_shape(self, x_shape):
+        return x_shape
+
+
+def flatten_positions(x):
+    """(B, H, W, C) -> (B, N, C), N = H * W."""
+    _, height, width, channels = ops.shape(x)
+    return ops.reshape(x, (-1, height * width, channels))
+
+
+@register
+class TransformerBlock(Block):
+    """Self-attention, cross-attention over the context and a gated MLP, each behind a norm and added.
+
+    Args:
+        width: D.
+        heads: divides `width`.
+        norm_epsilon: epsilon of the layer norms.
+
+    Reference: Rombach et al. 2022, appendix E.2.1; GEGLU: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, width: int, heads: int, norm_epsilon=1e-5, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        policy = self.dtype_policy
+        self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
+        self.self_attention = Attention(width, heads, name="self_attention", dtype=policy)
+        self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
+        self.cross_attention = Attention(width, heads, name="cross_attention", dtype=policy)
+        self.norm_3 = layer_norm(norm_epsilon, "norm_3", policy)
+        self.geglu = dense(8 * width, "geglu", policy)
+        self.mlp_out = dense(width, "mlp_out", policy)
+
+    def build(self, x_shape, context_shape):
+        wide = (*x_shape[:-1], 4 * x_shape[-1])
+        self.build_parts(norm_1=x_shape, norm_2=x_shape, norm_3=x_shape)
+        self.build_parts(self_attention=x_shape, geglu=x_shape, mlp_out=wide)
+        self.cross_attention.build(x_shape, context_shape)
+
+    def call(self, x, context):
+        """x: (B, N, D), context: (B, S, E) -> (B, N, D)."""
+        x = x + self.self_attention(self.norm_1(x))
+        x = x + self.cross_attention(self.norm_2(x), context)
+        value, gate = ops.split(self.geglu(self.norm_3(x)), 2, axis=-1)
+        return x + self.mlp_out(value * ops.gelu(gate, approximate=False))
+
+    def compute_output_shape(self, x_shape, context_shape):
+        return x_shape
+
+
+@register
+class SpatialTransformer(Block):
+    """Transformer blocks over the positions of a feature map, behind a norm and projections, added to it.
+
+    Args:
+        channels: C, also the width of the blocks.
+        heads: divides `channels`.
+        depth: how many blocks.
+        groups: groups of the norm at the entry, whose epsilon is 1e-6 in every checkpoint.
+        dense_projection: projections are dense layers (SD 2.x) and not 1 x 1 convolutions (SD 1.x).
+        norm_epsilon: epsilon of the layer norms.
+
+    Raises:
+        ValueError: `heads` or `groups` does not divide the channels.
+
+    Reference: Rombach et al. 2022, appendix E.2.1.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, depth=1, groups=32, dense_projection=False, norm_epsilon=1e-5, name=None, dtype=None
+    ):  # fmt: skip
+        super().__init__(locals(), name=name, dtype=dtype)
+        check_groups(channels, groups)
+        policy = self.dtype_policy
+        self.dense_projection = dense_projection
+        self.norm = group_norm(groups, 1e-6, "norm", policy)
+        if dense_projection:
+            self.proj_in = dense(channels, "proj_in", policy)
+            self.proj_out = dense(channels, "proj_out", policy, zero=True)
+        else:
+            self.proj_in = conv(channels, 1, "proj_in", policy)
+            self.proj_out = conv(channels, 1, "proj_out", policy, zero=True)
+        self.blocks = [
+            TransformerBlock(channels, heads, norm_epsilon, name=f"block_{i}", dtype=policy) for i in range(depth)
+        ]
+
+    def build(self, x_shape, context_shape):
+        sequence = (x_shape[0], None, x_shape[-1])
+        projected = sequence if self.dense_projection else x_shape
+        self.build_parts(norm=x_shape, proj_in=projected, proj_out=projected)
+        for block in self.blocks:
+            block.build(sequence, context_shape)
+
+    def call(self, x, context):
+        """x: (B, H, W, C), context: (B, S, E) -> (B, H, W, C)."""
+        h = self.norm(x)
+        h = self.proj_in(flatten_positions(h)) if self.dense_projection else flatten_positions(self.proj_in(h))
+        for block in self.blocks:
+            h = block(h, context)  # (B, N, C)
+        if self.dense_projection:
+            return x + ops.reshape(self.proj_out(h), ops.shape(x))
+        return x + self.proj_out(ops.reshape(h, ops.shape(x)))
+
+    def compute_output_shape(self, x_shape, context_shape):
+        return x_shape
+
+
+@register
+class Downsample(Block):
+    """A 3 x 3 convolution of stride 2.
+
+    Args:
+        channels: channels that come out.
+        padding: "all" pads one all round (the UNet's), "after" only at the bottom and right (the autoencoder's).
+
+    Raises:
+        ValueError: `padding` is neither.
+    """
+
+    def __init__(self, channels: int, padding="all", name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        if padding not in ("all", "after"):
+            raise ValueError(f'`padding` must be "all" or "after". Received: padding={padding!r}.')
+        self.padding = (1, 1) if padding == "all" else (0, 1)
+        self.conv = keras.layers.Conv2D(
+            channels, 3, 2, "valid", kernel_initializer=kernel_initializer(), name="conv", dtype=self.dtype_policy
+        )
+
+    def build(self, x_shape):
+        self.conv.build(x_shape)
+
+    def call(self, x):
+        """x: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), channels); with "after", floor for odd sizes."""
+        return self.conv(ops.pad(x, ((0, 0), self.padding, self.padding, (0, 0))))
+
+    def compute_output_shape(self, x_shape):
+        batch, height, width, _ = x_shape
+        half = [None if n is None else (n + sum(self.padding) - 3) // 2 + 1 for n in (height, width)]
+        return (batch, *half, self.arguments["channels"])
+
+
+@register
+class Upsample(Block):
+    """Nearest-neighbour doubling and a 3 x 3 convolution.
+
+    Args:
+        channels: channels that come out.
+    """
+
+    def __init__(self, channels: int, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        self.conv = conv(channels, 3, "conv", self.dtype_policy)
+
+    def build(self, x_shape, like_shape=None):
+        self.conv.build(x_shape)
+
+    def call(self, x, like=None):
+        """x: (B, H, W, C); like: (B, H', W', ...) cuts the doubled array to its odd size -> (B, 2 H, 2 W, channels)."""
+        _, height, width, channels = ops.shape(x)
+        x = ops.broadcast_to(x[:, :, None, :, None, :], (ops.shape(x)[0], height, 2, width, 2, channels))
+        x = ops.reshape(x, (-1, 2 * height, 2 * width, channels))
+        if like is not None:
+            _, height, width, _ = ops.shape(like)
+            x = x[:, :height, :width]
+        return self.conv(x)
+
+    def compute_output_shape(self, x_shape, like_shape=None):
+        batch, height, width, _ = x_shape
+        size = [None if n is None else 2 * n for n in (height, width)] if like_shape is None else like_shape[1:3]
+        return (batch, *size, self.arguments["channels"])
+
+
+def timestep_embedding(timestep, width: int, flip_sin_to_cos: bool = True, freq_shift: float = 0):
+    """Sines and cosines of a timestep, in float32.
+
+    Args:
+        timestep: (B,) as the network is told it, 0 .. T - 1; may be fractional.
+        width: even width of the embedding.
+        flip_sin_to_cos: cosines first (SD); otherwise sines first (Ho).
+        freq_shift: frequencies are exp(-ln(10000) i / (half - freq_shift)); 0 in SD, 1 in Ho.
+
+    Returns:
+        float32 (B, width).
+
+    Reference: Vaswani et al. 2017, sec. 3.5; Ho et al. 2020, appendix B.
+    """
+    half = width // 2
+    frequencies = ops.exp(ops.arange(half, dtype="float32") * (-math.log(10000) / (half - freq_shift)))
+    angles = ops.cast(timestep, "float32")[:, None] * frequencies[None, :]  # (B, half)
+    parts = [ops.cos(angles), ops.sin(angles)] if flip_sin_to_cos else [ops.sin(angles), ops.cos(angles)]
+    return ops.concatenate(parts, axis=-1)
+
+
+@register
+class TimestepEmbedding(Block):
+    """`timestep_embedding` as a layer; it stays in float32, since bfloat16 would turn 951 into 952."""
+
+    def __init__(self, width: int, flip_sin_to_cos=True, freq_shift=0, name=None, dtype="float32"):
+        super().__init__(locals(), name=name, dtype="float32")
+        if width % 2:
+            raise ValueError(f"`width` must be even. Received: width={width}.")
+
+    def call(self, timestep):
+        """timestep: (B,) -> float32 (B, width)."""
+        return timestep_embedding(timestep, **self.arguments)
+
+    def compute_output_shape(self, x_shape):
+        return (x_shape[0], self.arguments["width"])
+
+
+@register
+class PositionEmbedding(Block):
+    """A learnt vector for each position, added to a sequence.
+
+    Args:
+        length: the longest sequence.
+        width: D.
+    """
+
+    def __init__(self, length: int, width: int, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        self.length, self.width = length, width
+        self.initializer = embedding_initializer()
+
+    def build(self, x_shape):
+        self.embeddings = self.add_weight((self.length, self.width), self.initializer, name="embeddings")
+
+    def call(self, x):
+        """x: (B, S, D), S <= length -> (B, S, D)."""
+        return x + self.embeddings[: ops.shape(x)[1]]
+
+    def compute_output_shape(self, x_shape):
+        return x_shape
+
+
+@register
+class TextLayer(Block):
+    """One layer of CLIP's text transformer: causal self-attention and an MLP, each behind a norm and added.
+
+    Args:
+        width: D.
+        heads: divides `width`.
+        mlp_width: width between the two dense layers.
+        activation: "quick_gelu" (CLIP) or "gelu" (OpenCLIP).
+        norm_epsilon: epsilon of the norms.
+
+    Raises:
+        ValueError: unknown `activation`, or `heads` does not divide `width`.
+
+    Reference: Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, activation="quick_gelu", norm_epsilon=1e-5, name=None, dtype=None
+    ):
+        super().__init__(locals(), name=name, dtype=dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {sorted(ACTIVATIONS)}. Received: activation={activation!r}.")
+        policy = self.dtype_policy
+        self.activation = ACTIVATIONS[activation]
+        self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
+        self.attention = Attention(width, heads, use_bias=True, causal=True, name="attention", dtype=policy)
+        self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
+        self.mlp_1 = dense(mlp_width, "mlp_1", policy)
+        self.mlp_2 = dense(width, "mlp_2", policy)
+
+    def build(self, x_shape):
+        wide = (*x_shape[:-1], self.arguments["mlp_width"])
+        self.build_parts(norm_1=x_shape, attention=x_shape, norm_2=x_shape, mlp_1=x_shape, mlp_2=wide)
+
+    def call(self, x):
+        """x: (B, S, D) -> (B, S, D)."""
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp_2(self.activation(self.mlp_1(self.norm_2(x))))
+
+    def compute_output_shape(self, x_shape):
+        return x_shape
+
+
+def quick_gelu(x):
+    """x sigmoid(1.702 x), CLIP's activation."""
+    return x * ops.sigmoid(1.702 * x)
+
+
+def gelu(x):
+    """x Phi(x), exact."""
+    return ops.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}

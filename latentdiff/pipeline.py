@@ -1,0 +1,337 @@
+"""The whole arrow: prompt -> tokens -> context -> latent -> image.
+
+Rombach et al. 2022, sec. 3, arXiv:2112.10752.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from latentdiff import presets
+from latentdiff.backend import Compiled, to_numpy
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.guidance import Guided
+from latentdiff.diffusion.noise import MAX_SEED, normal, split_seeds
+from latentdiff.diffusion.samplers import SamplerTable, initial_state, make_table, step
+from latentdiff.diffusion.schedule import (
+    Schedule,
+    cosine_schedule,
+    linear_schedule,
+    scaled_linear_schedule,
+    schedule_from_betas,
+    with_zero_terminal_snr,
+)
+
+OUTPUTS = ("image", "latent")
+
+
+class TextToImage:
+    """Stable Diffusion: prompts go in, images come out.
+
+    Args:
+        parts: tokenizer, networks, sampler's settings; see `presets.Parts`.
+
+    Attributes:
+        tokenizer, text_encoder, unet, autoencoder: the parts, each of which can be called alone.
+        settings: schedule, prediction and the directory's own sampler.
+        dtype: what the networks compute in, such as "float32".
+    """
+
+    def __init__(self, parts: presets.Parts):
+        self.parts = parts
+        self.tokenizer, self.text_encoder = parts.tokenizer, parts.text_encoder
+        self.unet, self.autoencoder = parts.unet, parts.autoencoder
+        self.settings = parts.settings
+        self.schedule = make_schedule(parts.settings)
+        self._encode = Compiled(self.text_encoder, [self.text_encoder])
+        self._decode = Compiled(self._image, [self.autoencoder])
+        self._normal = Compiled(self._noise, [])
+        self._steps: dict[tuple[bool, float | None], Compiled] = {}
+
+    @classmethod
+    def from_preset(cls, preset: str | os.PathLike, dtype: str | None = None) -> TextToImage:
+        """The pipeline of a model directory.
+
+        Args:
+            preset: a name in `weights/`, such as "emoji", or a diffusers directory of Stable Diffusion 1.x or 2.x.
+            dtype: what the networks hold and compute in: "float32", "bfloat16", "float16"; None chooses by the device.
+
+        Raises:
+            ValueError: the name is unknown, or the files are malformed or ask for what cannot be done here.
+            FileNotFoundError: the directory lacks a file.
+        """
+        return cls(presets.load_pipeline(preset, dtype))
+
+    def save_to_preset(self, directory: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
+        """Writes a diffusers directory, whole or not at all; see `presets.save_pipeline`."""
+        presets.save_pipeline(self.parts, directory, dtype, overwrite)
+
+    @property
+    def dtype(self) -> str:
+        """What the networks compute in."""
+        return self.unet.get_layer("conv_in").dtype_policy.name
+
+    @property
+    def traces(self) -> int:
+        """How often a function of this pipeline was traced so far; a second call like the first adds none."""
+        return sum(c.traces for c in (self._encode, self._decode, self._normal, *self._steps.values()))
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        num_images: int = 1,
+        num_steps: int = 25,
+        guidance_scale: float = 5.0,
+        seed: int | Sequence[int] | None = None,
+        *,
+        sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        eta: float = 0.0,
+        noise: Any = None,
+        batch_size: int | None = None,
+        progress: bool = True,
+        callback: Callable[[int, np.ndarray], bool | None] | None = None,
+        output: str = "image",
+    ) -> np.ndarray:
+        """Images of prompts.
+
+        Args:
+            prompt: one or several; each makes `num_images` images, B in all, in the order of the prompts.
+            negative_prompt: what guidance leads away from; one for all, or one for each prompt.
+            num_images: images of each prompt.
+            num_steps: the sampler's steps, 1 .. T.
+            guidance_scale: 1 is the conditional model alone, at half the cost.
+            seed: an int, then image i has seed + i; or one for each image; None is random.
+            sampler: a name of `SAMPLERS`; None is the directory's own. Another keeps its schedule and spacing.
+            height, width: of the images, in pixels, multiples of the autoencoder's factor; None is the model's own.
+            guidance_rescale: 0 .. 1, see `guidance.guide`.
+            guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone.
+            eta: DDIM's share of DDPM's noise, 0 .. 1.
+            noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise of
+                each of the sampler's R rows after it.
+            batch_size: how many images are made at a time; None is all.
+            progress: whether a bar shows the steps.
+            callback: is told the step from 1 on and the latent (B, h, w, c) float32 after it; False ends the run there.
+            output: "image" or "latent".
+
+        Returns:
+            uint8 (B, H, W, 3); for "latent" the scaled latents, float32 (B, h, w, c).
+
+        Raises:
+            TypeError: a prompt is not text, or a seed not an integer.
+            ValueError: a number is out of range, a name unknown, or a shape does not fit. Nothing has been computed then.
+        """
+        prompts, negatives = _prompts(prompt, negative_prompt, num_images)
+        total = len(prompts)
+        shape = self._latent_shape(height, width)
+        table = self._table(sampler, num_steps, eta)
+        seeds = _seeds(seed, total)
+        noise = _handed_in(noise, total, shape, table)
+        _check_choices(guidance_scale, guidance_rescale, guidance_interval, batch_size, output)
+        tokens, negative_tokens = self.tokenizer(prompts), self.tokenizer(negatives)
+
+        clip = self.settings.with_sampler(table.sampler).clip
+        size = min(batch_size or total, total)
+        starts = range(0, total, size)
+        bar = keras.utils.Progbar(table.num_rows * len(starts), unit_name="step") if progress else None
+        made = []
+        for start in starts:
+            part = slice(start, start + size)
+            run = _Run(self, table, clip, seeds[part], None if noise is None else noise[:, part], shape)
+            run.guide(guidance_scale, guidance_rescale, guidance_interval)
+            run.encode(tokens[part], negative_tokens[part])
+            latent, going = run.loop(bar, callback)
+            made.append(to_numpy(latent, "float32") if output == "latent" else to_numpy(self._decode(latent), "uint8"))
+            if not going:
+                break
+        return np.concatenate(made)
+
+    def step_function(self, guided: bool, clip: float | None) -> Compiled:
+        """The compiled step; it serves every sampler, number of steps, scale and seed.
+
+        It takes state (S, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (S, S + 3),
+        fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state.
+        """
+        if (guided, clip) not in self._steps:
+
+            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale):
+                def network(x_t, t):
+                    return self.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
+
+                denoiser = Denoiser(network, self.settings.prediction, clip=clip)
+                guide = Guided(denoiser, scale, rescale=rescale) if guided else denoiser
+                x0_hat, eps_hat = guide(state[0], timestep, signal, noise)
+                return step(row, state, x0_hat, eps_hat, fresh)
+
+            self._steps[guided, clip] = Compiled(run, [self.unet])
+        return self._steps[guided, clip]
+
+    def _table(self, sampler: str | None, num_steps: int, eta: float) -> SamplerTable:
+        settings = self.settings
+        if sampler is not None and sampler != settings.sampler:
+            make_table(sampler, self.schedule, 1)  # names the samplers that are near, where there is none of this name
+            settings = settings.with_sampler(sampler)
+        return make_table(schedule=self.schedule, num_steps=num_steps, eta=eta, **settings.table_arguments())
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        factor = self.autoencoder.factor
+        sizes = []
+        for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
+            pixels = own * factor if pixels is None else pixels
+            if not isinstance(pixels, int) or pixels < factor or pixels % factor:
+                raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
+            sizes.append(pixels // factor)
+        return (*sizes, self.autoencoder.latent_channels)
+
+    def _image(self, latent):
+        image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
+        return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
+
+    def _noise(self, seeds, step, like):
+        return normal(seeds, step, like.shape)
+
+
+class _Run:
+    """One batch on its way through the sampler."""
+
+    def __init__(self, pipeline: TextToImage, table: SamplerTable, clip, seeds: list[int], noise, shape):
+        self.pipeline, self.table, self.clip, self.shape = pipeline, table, clip, shape
+        self.seeds, self.noise = split_seeds(seeds), noise
+        self.like = np.zeros(shape, "float32")
+        self.no_noise = ops.zeros((len(seeds), *shape), "float32")
+
+    def guide(self, scale: float, rescale: float, interval: tuple[float, float] | None) -> None:
+        """Settles how each row is guided."""
+        self.scale, self.rescale = np.float32(scale), np.float32(rescale)
+        low, high = (0.0, np.inf) if interval is None else interval
+        signal, noise = self.table.signal, self.table.noise
+        with np.errstate(divide="ignore"):
+            ratio = noise / signal
+        self.guided = (scale != 1) & (low <= ratio) & (ratio <= high)  # (R,)
+
+    def encode(self, tokens: np.ndarray, negative_tokens: np.ndarray) -> None:
+        """Makes the contexts, (B, S, D) with the prompt and (2 B, S, D) without and with it; equal tokens once."""
+        self.context = self._context(tokens)
+        self.both = self.context
+        if self.guided[: self.table.num_rows].any():
+            self.both = ops.concatenate([self._context(negative_tokens), self.context], axis=0)
+
+    def _context(self, tokens: np.ndarray):
+        # One prompt at a time: a prompt's context does not depend on those beside it, and no number of them is traced anew.
+        rows, places = np.unique(tokens, axis=0, return_inverse=True)
+        contexts = ops.concatenate([self.pipeline._encode(row[None]) for row in rows], axis=0)
+        return ops.take(contexts, places.reshape(-1), axis=0)
+
+    def loop(self, bar, callback) -> tuple[Any, bool]:
+        """The latent after the last row, and whether the run was not stopped."""
+        table = self.table
+        state = initial_state(self.fresh(0) * table.initial_scale)
+        for i in range(table.num_rows):
+            fresh = self.fresh(i + 1) if table.needs_noise else self.no_noise
+            guided = bool(self.guided[i])
+            numbers = (np.float32(a[i]) for a in (table.timestep, table.signal, table.noise))
+            state = self.pipeline.step_function(guided, self.clip)(
+                state, self.both if guided else self.context, *numbers, table.matrix[i].astype("float32"), fresh,
+                self.scale, self.rescale,
+            )  # fmt: skip
+            if bar is not None:
+                bar.add(1)
+            if callback is not None and callback(i + 1, to_numpy(state[0], "float32")) is False:
+                return state[0], False
+        return state[0], True
+
+    def fresh(self, k: int):
+        """The noise of row k - 1, or for k = 0 the initial noise: (B, h, w, c)."""
+        if self.noise is not None and k < len(self.noise):
+            return ops.convert_to_tensor(self.noise[k])
+        return self.pipeline._normal(self.seeds, np.int32(k), self.like)
+
+
+def make_schedule(settings: presets.SamplerSettings) -> Schedule:
+    """The schedule that a directory's settings stand for."""
+    T = settings.num_timesteps
+    if settings.schedule == "betas":
+        schedule = schedule_from_betas(settings.betas or ())
+    elif settings.schedule == "cosine":
+        schedule = cosine_schedule(T)
+    else:
+        make = linear_schedule if settings.schedule == "linear" else scaled_linear_schedule
+        schedule = make(T, settings.beta_start, settings.beta_end)
+    return with_zero_terminal_snr(schedule) if settings.zero_terminal_snr else schedule
+
+
+def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]:
+    if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+        raise ValueError(f"`num_images` must be a whole number, at least 1. Received: num_images={num_images!r}.")
+    lists = []
+    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+            raise TypeError(f"`{name}` must be text, or a list of texts. Received: {name}={value!r}.")
+        lists.append(list(values))
+    prompts, negatives = lists
+    if not prompts:
+        raise ValueError("`prompt` must hold at least one prompt. Received: an empty list.")
+    if len(negatives) not in (1, len(prompts)):
+        raise ValueError(
+            "`negative_prompt` must be one text, or one for each prompt. "
+            f"Received: {len(negatives)} for {len(prompts)} prompts."
+        )
+    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+    return [p for p in prompts for _ in range(num_images)], [n for n in negatives for _ in range(num_images)]
+
+
+def _seeds(seed, total: int) -> list[int]:
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        seeds = [int(seed) + i for i in range(total)]
+    else:
+        seeds = list(seed) if isinstance(seed, list | tuple | range | np.ndarray) else [seed]
+        if len(seeds) != total:
+            raise ValueError(f"`seed` must be one int, or one for each of the {total} images. Received: {len(seeds)}.")
+    if any(isinstance(s, int) and not 0 <= s <= MAX_SEED for s in seeds):
+        raise ValueError(f"`seed` must lie in 0 .. 2**63 - 1, for every image. Received: seed={seed!r}.")
+    split_seeds(seeds)
+    return seeds
+
+
+def _handed_in(noise, total: int, shape: tuple[int, ...], table: SamplerTable) -> np.ndarray | None:
+    """The noise that was handed in, as (1 or 1 + R, B, h, w, c)."""
+    if noise is None:
+        return None
+    noise = np.asarray(noise, "float32")
+    initial = (total, *shape)
+    whole = (1 + table.num_rows, *initial)
+    if noise.shape not in (initial, whole):
+        raise ValueError(
+            f"`noise` must be (B, h, w, c), here {initial}, or (1 + R, B, h, w, c), here {whole}. "
+            f"Received: {noise.shape}."
+        )
+    if not np.isfinite(noise).all():
+        raise ValueError("`noise` must be finite. Received: NaN or infinity in it.")
+    return noise.reshape(-1, *initial)
+
+
+def _check_choices(scale, rescale, interval, batch_size, output) -> None:
+    if isinstance(scale, bool) or not np.isscalar(scale) or not np.isfinite(scale):
+        raise ValueError(f"`guidance_scale` must be a finite number. Received: guidance_scale={scale!r}.")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"`guidance_rescale` must lie in 0 .. 1. Received: guidance_rescale={rescale!r}.")
+    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
+        raise ValueError(f"`guidance_interval` must be (low, high), 0 <= low <= high. Received: {interval!r}.")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
+    if output not in OUTPUTS:
+        raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}. Received: output={output!r}.")
