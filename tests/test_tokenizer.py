@@ -340,6 +340,7 @@ def refuse(directory, file, rule, error=ValueError):
         ('{"a": 0, "b": "1"}', "whole numbers"),
         ('{"a": 0, "b": 1.0}', "whole numbers"),
         ('{"": 0}', "one character or more"),
+        ('{"\\ud800": 0}', "one character or more"),
         ("\xff", "must be UTF-8"),
     ],
 )
@@ -452,5 +453,9 @@ def test_malformed_arguments_are_refused(tokenizers):
         CLIPTokenizer({"a": 0, END: 1}, [])
     with pytest.raises(ValueError, match="`merges` must name and make tokens of the vocabulary"):
         CLIPTokenizer(vocabulary, [("!", "nowhere")])
+    with pytest.raises(ValueError, match="`unknown_token` must be in the vocabulary itself"):
+        CLIPTokenizer(vocabulary, merges, unknown_token="<unk>", added_tokens={"<unk>": AddedToken()})
+    with pytest.raises(ValueError, match="`added_tokens` must be text"):
+        CLIPTokenizer(vocabulary, merges, added_tokens={"": AddedToken()})
     padded = CLIPTokenizer(vocabulary, merges, pad_token="<pad>", added_tokens={"<pad>": AddedToken()})
     assert padded.pad_id == 1514

@@ -34,6 +34,7 @@ SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_c
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 CLIPPING_SAMPLERS = ("ddpm", "ddim", "heun", "lcm")
+DPM_SAMPLERS = ("dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "dpmpp_2m_sde_karras")
 DPM_ALGORITHMS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
 _LEADING_CLASSES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LCMScheduler")  # the others default to linspace
@@ -146,7 +147,7 @@ class SamplerSettings:
         set_alpha_to_one: Whether DDIM and PNDM end clean, rather than at t = 1.
         clip_range: What x0 is clipped to, or None; see `clip`.
         zero_terminal_snr: Whether the schedule is rescaled to end in pure noise.
-        karras: Whether the noise levels are spaced as Karras does.
+        karras: Whether the noise levels are spaced as Karras does; DPM-Solver++'s names say it themselves.
         final_sigmas_type: "zero" or "sigma_min".
         lower_order_final: Whether multistep solvers end at first order.
         euler_at_final: Whether DPM-Solver++ ends in Euler's step.
@@ -174,6 +175,8 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         _check_sampler(self.sampler)
+        if self.sampler in DPM_SAMPLERS:  # their names say it, so the name decides
+            object.__setattr__(self, "karras", self.sampler.endswith("_karras"))
         for name, value, choices in (
             ("schedule", self.schedule, (*SCHEDULES.values(), "betas")),
             ("prediction", self.prediction, tuple(PREDICTIONS.values())),
@@ -305,7 +308,6 @@ def fields_from_settings(settings: SamplerSettings) -> dict[str, Any]:
         "num_train_timesteps": settings.num_timesteps,
         "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[settings.prediction],
         "set_alpha_to_one": settings.set_alpha_to_one,
-        "skip_prk_steps": True,
         "steps_offset": settings.steps_offset,
         "trained_betas": None if settings.betas is None else list(settings.betas),
     }
@@ -327,6 +329,8 @@ def fields_from_settings(settings: SamplerSettings) -> dict[str, Any]:
         fields["variance_type"] = "fixed_small"
     if settings.sampler == "lcm":
         fields["original_inference_steps"] = settings.original_steps
+    else:
+        fields["skip_prk_steps"] = True  # the one class that warns of fields of the others is LCM's
     if name == "DPMSolverMultistepScheduler":
         fields["algorithm_type"] = "sde-dpmsolver++" if "sde" in settings.sampler else "dpmsolver++"
         fields["solver_order"] = 2

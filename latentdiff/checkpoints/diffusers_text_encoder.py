@@ -95,6 +95,8 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
         "model_type": "clip_text_model",
         "num_attention_heads": config["heads"],
         "num_hidden_layers": config["depth"],
+        # Not the file's dtype: transformers 5 would compute in it, and diffusers fail on a UNet that is float32.
+        "torch_dtype": "float32",
         "vocab_size": config["vocabulary_size"],
         **stated,
     }

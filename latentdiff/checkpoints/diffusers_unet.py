@@ -157,6 +157,7 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
     if not config["mid_attention"]:
         raise ValueError("A diffusers UNet must have its middle attention. Received: mid_attention=False")
     attention = _spread(config["attention"], levels)
+    shift = config["freq_shift"]
     fields = {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
@@ -167,7 +168,7 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
         "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attention],
         "downsample_padding": 1,
         "flip_sin_to_cos": bool(config["flip_sin_to_cos"]),
-        "freq_shift": config["freq_shift"],
+        "freq_shift": int(shift) if shift == int(shift) else shift,
         "in_channels": config["in_channels"],
         "layers_per_block": config["blocks_per_level"],
         "mid_block_scale_factor": 1,

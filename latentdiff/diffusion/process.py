@@ -21,8 +21,8 @@ LOSS_WEIGHTS = ("uniform", "min_snr")
 class GaussianDiffusion:
     """A schedule as a diffusion process, with what a network shall predict in it.
 
-    Data is any float array (B, ...). Times `t` are integers in 1..T, (B,) or a scalar. NumPy's and Python's are checked;
-    tensors, which may be traced, are not. Whatever the data's dtype, results are float32.
+    Data is any float array (B, ...), and results are float32 whatever its dtype. Times `t` are integers in 1..T, (B,)
+    or a scalar. NumPy's and Python's are checked; tensors, which may be traced, are not.
 
     Args:
         schedule: signal and noise at the times 0..T.

@@ -12,8 +12,8 @@ import numpy as np
 from latentdiff.diffusion.sampler_rows import EPS, NOISE, X0, A, B, C, Row, X, combination, row
 from latentdiff.diffusion.sampler_times import CLEAN, Level
 
-# Adams-Bashforth, the present output first.
-_ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+# Adams-Bashforth of orders 2, 3 and 4, the present output first.
+_ADAMS = ((3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def pndm_rows(levels: list[Level], prediction: str) -> list[Row]:
@@ -34,54 +34,42 @@ def pndm_rows(levels: list[Level], prediction: str) -> list[Row]:
     Reference:
         Liu et al. 2022, eqs. 9 to 13 and algorithm 2, arXiv:2202.09778.
     """
-    combine = _v_step if prediction == "v" else _eps_step
-    if len(levels) == 2:
-        return [row(levels[0], combine(levels[0], levels[1], _ADAMS[0], X))]
     first, second = levels[:2]
-    present = _present_output(first, prediction)
-    rows = [row(first, combine(first, second, _ADAMS[0], X), a=present, c=combination((X, 1.0)))]
-    # Without signal at the start, eps says nothing of x0 and the mean of two is no better: x stays.
-    if prediction == "v" or not first.is_pure_noise:
-        rows.append(row(second, _step_again(first, second, prediction)))
-    else:
-        rows.append(row(second, combination((X, 1.0))))
-    for i, (t, s) in enumerate(pairwise(levels[1:]), start=2):
-        x_s = combine(t, s, _ADAMS[min(i, 4) - 1], X)
-        present = _present_output(t, prediction)
+    ddim = combination((X0, second.signal), (EPS, second.noise))
+    rows = [row(first, ddim, a=_output_at(first, prediction), c=combination((X, 1.0)))]
+    if len(levels) == 2:
+        return rows
+    mean = (combination((A, 1.0)) + _output_at(second, prediction)) / 2
+    again = _step_with_output(first, second, C, mean, prediction)
+    rows.append(row(second, again))
+    for i, (t, s) in enumerate(pairwise(levels[1:])):
+        present = _output_at(t, prediction)
+        weights = _ADAMS[min(i, 2)]
+        output = weights[0] * present + combination(*zip((A, B, C), weights[1:], strict=False))
+        x_s = _step_with_output(t, s, X, output, prediction)
         rows.append(row(t, x_s, a=present, b=combination((A, 1.0)), c=combination((B, 1.0))))
     return rows
 
 
-def _present_output(t: Level, prediction: str) -> np.ndarray:
+def _output_at(t: Level, prediction: str) -> np.ndarray:
+    """What PNDM combines, at the present row: v or eps_hat."""
     if prediction == "v":
         return combination((EPS, t.signal), (X0, -t.noise))
     return combination((EPS, 1.0))
 
 
-def _eps_step(t: Level, s: Level, weights: tuple[float, ...], x_column: int) -> np.ndarray:
-    """DDIM's step with eps_hat replaced by the weighted sum of it and of the slots a, b, c."""
-    if weights == (1.0,):
-        return combination((X0, s.signal), (EPS, s.noise))
-    eps_coefficient = s.noise - t.noise * s.signal / t.signal
-    terms = [(column, eps_coefficient * weight) for column, weight in zip((EPS, A, B, C), weights, strict=False)]
-    return combination((x_column, s.signal / t.signal), *terms)
-
-
-def _v_step(t: Level, s: Level, weights: tuple[float, ...], x_column: int) -> np.ndarray:
-    """DDIM's step with v replaced by the weighted sum of it and of the slots a, b, c; never divides by the signal."""
-    v_coefficient = s.noise * t.signal - s.signal * t.noise
-    terms = [(column, v_coefficient * weight) for column, weight in zip((A, B, C), weights[1:], strict=False)]
-    present = v_coefficient * weights[0] * _present_output(t, "v")
-    return combination((x_column, s.signal * t.signal + s.noise * t.noise), *terms) + present
-
-
-def _step_again(t: Level, s: Level, prediction: str) -> np.ndarray:
-    """The step from t (its x in slot c, its output in slot a) to s with the mean of the outputs at t and, present, at s."""
+def _step_with_output(t: Level, s: Level, x_column: int, output: np.ndarray, prediction: str) -> np.ndarray:
+    """DDIM's step from the x in `x_column` with `output` in place of eps_hat, or of v."""
     if prediction == "v":
-        v_coefficient = s.noise * t.signal - s.signal * t.noise
         x_coefficient = s.signal * t.signal + s.noise * t.noise
-        return combination((C, x_coefficient), (A, v_coefficient / 2)) + v_coefficient / 2 * _present_output(s, "v")
-    return _eps_step(t, s, (1 / 2, 1 / 2), C)
+        output_coefficient = s.noise * t.signal - s.signal * t.noise
+    elif t.is_pure_noise:
+        # Without signal eps says nothing about x0, and a mean of two of them no more: the step stays as it was made.
+        return combination((X, 1.0))
+    else:
+        x_coefficient = s.signal / t.signal
+        output_coefficient = s.noise - t.noise * s.signal / t.signal
+    return combination((x_column, x_coefficient)) + output_coefficient * output
 
 
 def dpmpp_2m_rows(levels: list[Level], lower_order_final: bool, euler_at_final: bool, stochastic: bool) -> list[Row]:

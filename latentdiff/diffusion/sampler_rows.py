@@ -15,7 +15,6 @@ NUM_COLUMNS = NUM_SLOTS + 3
 X, A, B, C, X0, EPS, NOISE = range(NUM_COLUMNS)
 
 
-
 class Row(NamedTuple):
     """The level at which the network is asked, and the (4, 7) matrix."""
 
@@ -32,7 +31,7 @@ def combination(*coefficients: tuple[int, float]) -> np.ndarray:
 
 
 def row(level: Level, x: np.ndarray, **slots: np.ndarray) -> Row:
-    """The row that makes `x`, and the slots named a, b, c, from combinations of the columns; a slot not named is kept."""
+    """The row that makes x, and the slots named a, b, c, of combinations of the columns; a slot not named is kept."""
     matrix = np.eye(NUM_SLOTS, NUM_COLUMNS)
     matrix[X] = x
     for name, vector in slots.items():

@@ -236,12 +236,13 @@ def sample(
     Raises:
         ValueError: if the table needs noise and there is none.
     """
-    _check_noise(table, noise_fn)
+    if table.needs_noise and noise_fn is None:
+        raise ValueError(f"The sampler {table.sampler} needs fresh noise at each row. Received: noise_fn=None.")
     state = initial_state(x_init, xp)
     for i in range(table.num_rows):
         timestep = xp.full((x_init.shape[0],), table.timestep[i], dtype="float32")
         x0_hat, eps_hat = denoise(state[0], timestep, float(table.signal[i]), float(table.noise[i]))
-        fresh_noise = noise_fn(i + 1) if table.needs_noise else None
+        fresh_noise = noise_fn(i + 1) if table.needs_noise and noise_fn else None
         row = xp.asarray(table.matrix[i], dtype=x_init.dtype) if xp is np else ops.cast(table.matrix[i], x_init.dtype)
         state = step(row, state, x0_hat, eps_hat, fresh_noise, xp)
     return state[0]
@@ -335,8 +336,3 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(str(value), choices, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"`{name}` must be one of {', '.join(choices)}. Received: {name}={value!r}.{hint}")
-
-
-def _check_noise(table: SamplerTable, noise_fn: Callable[[int], Any] | None) -> None:
-    if table.needs_noise and noise_fn is None:
-        raise ValueError(f"The sampler {table.sampler} needs fresh noise at each row. Received: noise_fn=None.")

@@ -20,6 +20,7 @@ from latentdiff.models.tokenizer_files import (
     AddedToken,
     check_merges,
     check_vocabulary,
+    is_text,
     read_tokenizer,
     write_tokenizer,
 )
@@ -101,15 +102,22 @@ class CLIPTokenizer:
             if token not in self.vocabulary and token not in self.added_tokens:
                 raise ValueError(f"`{name}` must be in the vocabulary. Received: {name}={token!r}")
             self.added_tokens.setdefault(token, AddedToken())
+        if unknown_token not in self.vocabulary:  # byte pairs know nothing of added tokens
+            rule = "`unknown_token` must be in the vocabulary itself, not only an added token"
+            raise ValueError(f"{rule}. Received: unknown_token={unknown_token!r}")
+        for token in self.added_tokens:
+            if not isinstance(token, str) or not is_text(token):
+                rule = "`added_tokens` must be text of one character or more"
+                raise ValueError(f"{rule}. Received: {token!r}")
         new_tokens = [token for token in self.added_tokens if token not in self.vocabulary]
-        new_ids = {token: len(self.vocabulary) + i for i, token in enumerate(new_tokens)}
-        self._added_ids = {token: self.vocabulary.get(token, new_ids.get(token)) for token in self.added_tokens}
+        ids = self.vocabulary | {token: len(self.vocabulary) + i for i, token in enumerate(new_tokens)}
+        self._added_ids = {token: ids[token] for token in self.added_tokens}
+        self._token_of = {token_id: token for token, token_id in ids.items()}
 
-        self.vocabulary_size = len(self.vocabulary) + len(new_tokens)
+        self.vocabulary_size = len(ids)
         self.start_id = self._added_ids[start_token]
         self.end_id = self._added_ids[end_token]
         self.pad_id = self._added_ids[pad_token]
-        self._token_of = {token_id: token for token, token_id in (self.vocabulary | new_ids).items()}
         self._engine = self._make_engine()
 
     @classmethod
@@ -265,11 +273,9 @@ def _check_prompts(prompts: Any) -> list[str]:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"{rule}. Received: prompts[{index}]={_short(prompt)} of type {type(prompt).__name__}")
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
+        if prompt and not is_text(prompt):
             rule = "`prompts` must be text that UTF-8 can hold, without lone surrogates"
-            raise ValueError(f"{rule}. Received: prompts[{index}]={_short(prompt)}") from None
+            raise ValueError(f"{rule}. Received: prompts[{index}]={_short(prompt)}")
     return list(prompts)
 
 

@@ -8,6 +8,7 @@ them: rules that a file brings for splitting or normalizing text are ignored, si
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ END_TOKEN = "<|endoftext|>"
 # The order in which transformers registers them: where two disagree about one token's flags, the later one holds.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNLIMITED = 10**20  # transformers writes int(1e30) for "no model_max_length"
 
 
@@ -86,7 +88,7 @@ def read_tokenizer(path: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"{config_file}: `added_tokens_decoder` must be an object. Received: {_short(decoder)}")
         for token_id, value in decoder.items():
             content, flags = _added_token(value, config_file)
-            stated[content] = (flags, int(token_id) if token_id.isdecimal() else token_id)
+            stated[content] = (flags, int(token_id) if token_id.isdecimal() and len(token_id) < 10 else token_id)
         settings = config
     else:
         settings = {**config, **special_map}
@@ -148,7 +150,9 @@ def write_tokenizer(path: str | os.PathLike, arguments: dict[str, Any], token_id
         "pad_token": arguments["pad_token"],
     }
     unnamed = [content for content in added if content not in named.values() and added[content]["special"]]
-    special_map = {key: {k: v for k, v in added[content].items() if k != "special"} for key, content in named.items()}
+    special_map: dict[str, Any] = {
+        key: {k: v for k, v in added[content].items() if k != "special"} for key, content in named.items()
+    }
     if unnamed:
         special_map["additional_special_tokens"] = unnamed
     config = {
@@ -194,7 +198,7 @@ def check_vocabulary(vocabulary: Any, source: str) -> dict[str, int]:
         raise ValueError(f"{source} must map tokens to ids and must not be empty. Received: {_short(vocabulary)}")
     token_of = {}
     for token, token_id in vocabulary.items():
-        if not isinstance(token, str) or not token:
+        if not isinstance(token, str) or not is_text(token):
             raise ValueError(f"{source} must have tokens of one character or more. Received: {_short(token)}")
         if type(token_id) is not int:
             raise ValueError(f"{source} must map tokens to whole numbers. Received: {_short({token: token_id})}")
@@ -232,6 +236,11 @@ def check_merges(merges: Any, vocabulary: dict[str, int], source: str) -> list[t
                 raise ValueError(f"{source} must name and make tokens of the vocabulary. Received: {received}")
         pairs.append((left, right))
     return pairs
+
+
+def is_text(token: str) -> bool:
+    """Whether a string has a character, and each is one that UTF-8 can hold: a lone surrogate is not."""
+    return bool(token) and not _SURROGATE.search(token)
 
 
 def _find_directory(path: Path) -> Path:
@@ -297,9 +306,9 @@ def _read_merges(file: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]
 
 
 def _added_token(value: Any, file: Path) -> tuple[str, AddedToken]:
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and is_text(value):
         return value, AddedToken()
-    if isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+    if isinstance(value, dict) and isinstance(value.get("content"), str) and is_text(value["content"]):
         flags = {flag: value[flag] for flag in _FLAGS if flag in value}
         if all(isinstance(flag, bool) for flag in flags.values()):
             return value["content"], AddedToken(**flags)

@@ -74,9 +74,7 @@ def our_sample(table, prediction):
 def peer_scheduler(sampler, prediction="eps", spacing="leading", **settings):
     name, own = CLASSES[sampler]
     settings = {**STABLE_DIFFUSION, **own, **settings}
-    return getattr(diffusers, name)(
-        prediction_type=PREDICTION_TYPES[prediction], timestep_spacing=spacing, **settings
-    )
+    return getattr(diffusers, name)(prediction_type=PREDICTION_TYPES[prediction], timestep_spacing=spacing, **settings)
 
 
 def peer_sample(scheduler, num_steps, monkeypatch, step_noise=(), **step_arguments):
@@ -132,9 +130,7 @@ def test_other_spacings_agree_with_diffusers(sampler, spacing, num_steps, monkey
 
 @pytest.mark.parametrize("num_steps", [10, 20])
 @pytest.mark.parametrize("sampler", ["ddim", "pndm"])
-def test_ddim_and_pndm_trailing_agree_with_diffusers_where_steps_divide_the_schedule(
-    sampler, num_steps, monkeypatch
-):
+def test_ddim_and_pndm_trailing_agree_with_diffusers_where_steps_divide_the_schedule(sampler, num_steps, monkeypatch):
     compare(sampler, "eps", num_steps, monkeypatch, spacing="trailing")
 
 

@@ -1,0 +1,76 @@
+"""Draws the pictures that the model is judged by, and sheets of them beside the true ones.
+
+usage: python scripts/emoji/draw.py [--data data/emoji] [--preset emoji] [--output runs/emoji/drawn] [--seen 500] [--held-out 499]
+Then   python scripts/emoji/judge_emoji.py data/emoji/gallery runs/emoji/drawn
+
+Every held-out pair and the first seen ones, in the order of the split's hash, one picture each: the model's defaults,
+seed 0, as they come. The sheets, OUTPUT/seen.png and OUTPUT/held_out.png, show the first of each, the true drawing
+above what the model drew.
+"""
+
+import argparse
+import hashlib
+import pathlib
+
+import numpy as np
+from captions import canonical_caption
+from PIL import Image
+from records import Record, read_index
+
+import latentdiff as ld
+
+COLUMNS, ROWS = 10, 4
+
+
+def hash_of(record: Record) -> bytes:
+    """What the split is drawn by, as `judge_emoji.held_out` has it."""
+    return hashlib.sha256(f"{record.codepoints}/{record.style}".encode()).digest()
+
+
+def draw(pipe: ld.TextToImage, records: list[Record], output: pathlib.Path, batch_size: int) -> None:
+    """Writes OUTPUT/STYLE/CODEPOINTS.png for each record that has none yet."""
+    paths = [output / r.style / f"{r.codepoints}.png" for r in records]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    for start in range(0, len(missing), batch_size):
+        part = missing[start : start + batch_size]
+        prompts = [canonical_caption(records[i]) for i in part]
+        for i, image in zip(part, pipe.generate(prompts, seed=[0] * len(part), progress=False), strict=True):
+            paths[i].parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(paths[i])
+        print(f"{start + len(part)} of {len(missing)}", flush=True)
+
+
+def sheet(records: list[Record], gallery: pathlib.Path, output: pathlib.Path) -> Image.Image:
+    """Rows of true drawings, each above the row that the model drew."""
+    rows = []
+    for start in range(0, min(len(records), COLUMNS * ROWS), COLUMNS):
+        row = records[start : start + COLUMNS]
+        for folder in (gallery, output):
+            cells = [np.asarray(Image.open(folder / r.style / f"{r.codepoints}.png").convert("RGB")) for r in row]
+            cells += [np.full_like(cells[0], 255)] * (COLUMNS - len(cells))
+            rows.append(np.concatenate(cells, axis=1))
+    return Image.fromarray(np.concatenate(rows))
+
+
+def main(data: pathlib.Path, preset: str, output: pathlib.Path, seen: int, held_out: int, batch_size: int) -> None:
+    records = sorted(read_index(data / "index.jsonl"), key=hash_of)
+    chosen = {
+        "seen": [r for r in records if not (r.held_out or r.validation)][:seen],
+        "held_out": [r for r in records if r.held_out][:held_out],
+    }
+    pipe = ld.TextToImage.from_preset(preset)
+    for name, part in chosen.items():
+        if part:
+            draw(pipe, part, output, batch_size)
+            sheet(part, data / "gallery", output).save(output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=pathlib.Path, default="data/emoji")
+    parser.add_argument("--preset", default="emoji")
+    parser.add_argument("--output", type=pathlib.Path, default="runs/emoji/drawn")
+    parser.add_argument("--seen", type=int, default=500)
+    parser.add_argument("--held-out", type=int, default=499)
+    parser.add_argument("--batch-size", type=int, default=25)
+    main(**vars(parser.parse_args()))

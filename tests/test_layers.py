@@ -1,0 +1,324 @@
+"""The networks' blocks against NumPy."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tiny_models import numbers, randomize, relative_error, to_numpy
+
+from latentdiff.models import layers
+from latentdiff.models.layers import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    PositionEmbedding,
+    ResnetBlock,
+    SpatialTransformer,
+    TextLayer,
+    TimestepEmbedding,
+    TransformerBlock,
+    Upsample,
+    attend,
+    blank_weights,
+    timestep_embedding,
+)
+
+erf = np.vectorize(math.erf)
+
+
+def random_weights(layer, *shapes):
+    """A built layer with random weights, and they by path, in float64."""
+    layer.build(*shapes)
+    randomize(layer)
+    return layer, {v.path.partition("/")[2]: to_numpy(v).astype("float64") for v in layer.variables}
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    return x * 0.5 * (1 + erf(x / math.sqrt(2)))
+
+
+def group_normalized(x, groups, epsilon, gamma=1.0, beta=0.0):
+    grouped = x.astype("float64").reshape(len(x), -1, groups, x.shape[-1] // groups)
+    mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+    return ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta
+
+
+def layer_normalized(x, weights, name, epsilon=1e-5):
+    normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    return normal * weights[f"{name}/gamma"] + weights[f"{name}/beta"]
+
+
+def convolved(x, kernel, bias, padding=(1, 1), stride=1):
+    x = np.pad(x, ((0, 0), padding, padding, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))[:, ::stride, ::stride]
+    return np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
+
+
+def attended(q, k, v, heads, causal=False):
+    size = q.shape[-1] // heads
+    out = np.zeros_like(q)
+    for b in range(len(q)):
+        for h in range(heads):
+            s = slice(h * size, (h + 1) * size)
+            scores = q[b, :, s] @ k[b, :, s].T / math.sqrt(size)
+            if causal:
+                scores[np.triu_indices_from(scores, 1)] = -np.inf
+            out[b, :, s] = softmax(scores) @ v[b, :, s]
+    return out
+
+
+def attention(x, context, weights, name, heads, causal=False):
+    q, k, v = (
+        y @ weights[f"{name}/{part}/kernel"] + weights.get(f"{name}/{part}/bias", 0)
+        for part, y in (("query", x), ("key", context), ("value", context))
+    )
+    return attended(q, k, v, heads, causal) @ weights[f"{name}/out/kernel"] + weights[f"{name}/out/bias"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 5, 3, 8), 4), ((1, 4, 4, 6), 1), ((3, 7, 6), 6), ((2, 2, 3, 2, 4), 2)]
+)
+def test_group_norm_equals_that_of_keras(shape, groups):
+    x = numbers(*shape, scale=3) + 1
+    ours = GroupNorm(groups=groups, epsilon=1e-3)
+    theirs = keras.layers.GroupNormalization(groups=groups, epsilon=1e-3)
+    for layer in (ours, theirs):
+        layer.build(shape)
+        layer.gamma.assign(numbers(shape[-1], seed=1))
+        layer.beta.assign(numbers(shape[-1], seed=2))
+    np.testing.assert_allclose(to_numpy(ours(x)), to_numpy(theirs(x)), atol=2e-5)
+
+
+def test_group_norm_survives_a_constant_offset():
+    x = numbers(2, 16, 16, 8)
+    expected = group_normalized(x, 4, 1e-5)
+    assert np.abs(to_numpy(GroupNorm(groups=4, epsilon=1e-5)(x + np.float32(100))) - expected).max() < 5e-3
+
+
+def test_group_norm_of_a_constant_is_its_shift():
+    norm = GroupNorm(groups=2, epsilon=1e-6)
+    norm.build((1, 4, 4, 4))
+    norm.beta.assign([1.0, 2.0, 3.0, 4.0])
+    # A constant's variance must not come out below zero and turn into NaN.
+    out = to_numpy(norm(np.full((1, 4, 4, 4), 0.1, "float32")))
+    np.testing.assert_allclose(out, np.broadcast_to([1.0, 2.0, 3.0, 4.0], out.shape), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("n", "s", "heads", "causal"), [(6, 9, 1, False), (5, 3, 4, False), (7, 7, 2, True), (2, 2, 2, True)]
+)
+def test_attend_is_attention(n, s, heads, causal):
+    q, k, v = numbers(2, n, 8, seed=0), numbers(2, s, 8, seed=1), numbers(2, s, 8, seed=2)
+    expected = attended(*(x.astype("float64") for x in (q, k, v)), heads, causal)
+    out = attend(*map(ops.convert_to_tensor, (q, k, v)), heads, causal)
+    np.testing.assert_allclose(to_numpy(out), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [9, 12, 14])
+def test_chunks_of_queries_make_the_whole(n, monkeypatch):
+    q, k, v = (ops.convert_to_tensor(numbers(2, length, 8, seed=i)) for i, length in enumerate((n, 5, 5)))
+    whole = attend(q, k, v, 2)
+    sizes = []
+    softmax_of_keras = ops.softmax
+    monkeypatch.setattr(ops, "softmax", lambda x, axis: sizes.append(x.shape[-2]) or softmax_of_keras(x, axis=axis))
+    monkeypatch.setattr(layers, "QUERY_CHUNK", 4)
+    chunked = attend(q, k, v, 2)
+    assert len(sizes) > 1 and sum(sizes) == n
+    np.testing.assert_allclose(to_numpy(chunked), to_numpy(whole), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("positions", "width", "heads"), [(4096, 320, 8), (9216, 320, 5), (1024, 640, 8), (4096, 512, 1)]
+)
+def test_scores_of_all_positions_are_never_held_at_once(positions, width, heads, monkeypatch):
+    """At Stable Diffusion's sizes, and only in symbols, so that no score is computed."""
+    shapes = []
+    softmax_of_keras = ops.softmax
+    monkeypatch.setattr(ops, "softmax", lambda x, axis: shapes.append(x.shape) or softmax_of_keras(x, axis=axis))
+    x = keras.KerasTensor((2, positions, width))
+    assert attend(x, x, x, heads).shape == (2, positions, width)
+    assert sum(shape[2] for shape in shapes) == positions
+    assert {(shape[1], shape[3]) for shape in shapes} == {(heads, positions)}
+    assert max(shape[2] for shape in shapes) <= 2 * layers.QUERY_CHUNK <= 1024
+
+
+def test_timestep_embedding_has_cosines_first_as_stable_diffusion_does():
+    expected = [[math.cos(951), math.cos(9.51), math.sin(951), math.sin(9.51)]]  # 10000 ** -0.5 = 0.01
+    np.testing.assert_allclose(to_numpy(timestep_embedding(np.array([951.0]), 4)), expected, atol=2e-5)
+
+
+def test_timestep_embedding_has_sines_first_as_ho_does():
+    embedding = timestep_embedding(np.array([7]), 4, flip_sin_to_cos=False, freq_shift=1)
+    expected = [[math.sin(7), math.sin(7e-4), math.cos(7), math.cos(7e-4)]]  # freq_shift=1 ends at 1 / 10000
+    np.testing.assert_allclose(to_numpy(embedding), expected, atol=1e-6)
+
+
+def test_timestep_embedding_stays_in_float32_in_a_bfloat16_model():
+    layer = TimestepEmbedding(2, dtype="bfloat16")
+    embedding = layer(np.array([951.0], "float32"))
+    assert keras.backend.standardize_dtype(embedding.dtype) == "float32"
+    np.testing.assert_allclose(to_numpy(embedding), [[math.cos(951), math.sin(951)]], atol=2e-5)
+
+
+@pytest.mark.parametrize(("padding", "pads"), [("all", (1, 1)), ("after", (0, 1))])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (4, 5)])
+def test_downsample_pads_where_it_says(padding, pads, size):
+    x = numbers(2, *size, 3)
+    layer, weights = random_weights(Downsample(4, padding, name="down"), x.shape)
+    out = layer(x)
+    expected = convolved(x, weights["conv/kernel"], weights["conv/bias"], pads, stride=2)
+    np.testing.assert_allclose(to_numpy(out), expected, atol=1e-5)
+    assert layer.compute_output_shape(x.shape) == expected.shape
+
+
+def test_upsample_doubles_each_position():
+    x = numbers(2, 3, 2, 3)
+    layer, weights = random_weights(Upsample(4, name="up"), x.shape)
+    doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+    expected = convolved(doubled, weights["conv/kernel"], weights["conv/bias"])
+    np.testing.assert_allclose(to_numpy(layer(x)), expected, atol=1e-5)
+
+
+def test_upsample_comes_out_at_the_odd_size_of_what_it_joins():
+    x, like = numbers(2, 3, 2, 3), numbers(2, 5, 3, 9)
+    layer, weights = random_weights(Upsample(4, name="up"), x.shape)
+    doubled = x.repeat(2, axis=1).repeat(2, axis=2)[:, :5, :3]
+    expected = convolved(doubled, weights["conv/kernel"], weights["conv/bias"])
+    np.testing.assert_allclose(to_numpy(layer(x, like)), expected, atol=1e-5)
+    assert layer.compute_output_shape(x.shape, like.shape) == expected.shape
+
+
+@pytest.mark.parametrize("channels", [8, 12])
+def test_resnet_block_is_two_convolutions_added_to_their_input(channels):
+    x, time = numbers(2, 3, 4, 8), numbers(2, 6, seed=1)
+    block, w = random_weights(ResnetBlock(channels, 4, 1e-5, time=True, name="block"), x.shape, time.shape)
+    h = silu(group_normalized(x, 4, 1e-5, w["norm_1/gamma"], w["norm_1/beta"]))
+    h = convolved(h, w["conv_1/kernel"], w["conv_1/bias"])
+    h = h + (silu(time) @ w["time/kernel"] + w["time/bias"])[:, None, None]
+    h = silu(group_normalized(h, 4, 1e-5, w["norm_2/gamma"], w["norm_2/beta"]))
+    h = convolved(h, w["conv_2/kernel"], w["conv_2/bias"])
+    joined = x if channels == 8 else x @ w["skip/kernel"][0, 0] + w["skip/bias"]
+    np.testing.assert_allclose(to_numpy(block(x, time)), joined + h, atol=2e-5)
+
+
+def test_transformer_block_attends_twice_and_ends_in_a_geglu():
+    x, context = numbers(2, 5, 8), numbers(2, 3, 6, seed=1)
+    block, w = random_weights(TransformerBlock(8, 2, name="block"), x.shape, context.shape)
+    h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "self_attention", 2)
+    h = h + attention(layer_normalized(h, w, "norm_2"), context, w, "cross_attention", 2)
+    wide = layer_normalized(h, w, "norm_3") @ w["geglu/kernel"] + w["geglu/bias"]
+    value, gate = wide[..., :32], wide[..., 32:]  # the value half comes first
+    h = h + (value * gelu(gate)) @ w["mlp_out/kernel"] + w["mlp_out/bias"]
+    np.testing.assert_allclose(to_numpy(block(x, context)), h, atol=2e-5)
+
+
+@pytest.mark.parametrize("dense_projection", [False, True])
+def test_spatial_transformer_starts_as_the_identity(dense_projection):
+    x, context = numbers(2, 3, 4, 8), numbers(2, 3, 6, seed=1)
+    block = SpatialTransformer(8, 2, 1, groups=4, dense_projection=dense_projection)
+    np.testing.assert_array_equal(to_numpy(block(x, context)), x)
+
+
+def test_spatial_transformers_of_both_ages_are_one_function():
+    """A 1 x 1 convolution and a dense layer hold the same numbers."""
+    x, context = numbers(2, 3, 4, 8), numbers(2, 3, 6, seed=1)
+    old = SpatialTransformer(8, 2, 2, groups=4)
+    new = SpatialTransformer(8, 2, 2, groups=4, dense_projection=True)
+    for block in (old, new):
+        block.build(x.shape, context.shape)
+    randomize(old)
+    for mine, theirs in zip(new.variables, old.variables, strict=True):
+        mine.assign(ops.reshape(theirs, mine.shape))
+    assert relative_error(new(x, context), old(x, context)) < 1e-5
+    assert relative_error(new(x, context), x) > 0.1
+
+
+def test_attention_block_attends_over_all_positions():
+    x = numbers(2, 3, 4, 8)
+    block, w = random_weights(AttentionBlock(8, 4, 1e-6, name="block"), x.shape)
+    h = group_normalized(x, 4, 1e-6, w["norm/gamma"], w["norm/beta"]).reshape(2, 12, 8)
+    named = {f"block/{path}": value for path, value in w.items()}
+    expected = x + attention(h, h, named, "block", heads=1).reshape(x.shape)
+    np.testing.assert_allclose(to_numpy(block(x)), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_text_layer_is_clips(activation):
+    x = numbers(2, 5, 8)
+    layer, w = random_weights(TextLayer(8, 2, 16, activation, name="layer"), x.shape)
+    h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "attention", 2, causal=True)
+    wide = layer_normalized(h, w, "norm_2") @ w["mlp_1/kernel"] + w["mlp_1/bias"]
+    wide = gelu(wide) if activation == "gelu" else wide / (1 + np.exp(-1.702 * wide))
+    h = h + wide @ w["mlp_2/kernel"] + w["mlp_2/bias"]
+    np.testing.assert_allclose(to_numpy(layer(x)), h, atol=2e-5)
+
+
+def test_position_embedding_adds_the_first_vectors():
+    layer, weights = random_weights(PositionEmbedding(5, 4, name="positions"), (2, 3, 4))
+    x = numbers(2, 3, 4)
+    np.testing.assert_allclose(to_numpy(layer(x)), x + weights["embeddings"][:3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ResnetBlock(30, 32), "`channels` must be divisible by `groups`. Received: channels=30, groups=32."),
+        (lambda: ResnetBlock(8, 0), "`channels` must be divisible by `groups`. Received: channels=8, groups=0."),
+        (lambda: AttentionBlock(8, 3), "`channels` must be divisible by `groups`. Received: channels=8, groups=3."),
+        (lambda: SpatialTransformer(8, 2, groups=3), "`channels` must be divisible by `groups`"),
+        (lambda: SpatialTransformer(8, 3, groups=4), "`width` must be divisible by `heads`. Received: width=8, heads=3."),
+        (lambda: TextLayer(8, 0, 16), "`width` must be divisible by `heads`. Received: width=8, heads=0."),
+        (lambda: TextLayer(8, 2, 16, "relu"), "`activation` must be one of ['gelu', 'quick_gelu']. Received: activation='relu'."),
+        (lambda: Downsample(8, "before"), "`padding` must be \"all\" or \"after\". Received: padding='before'."),
+        (lambda: TimestepEmbedding(5), "`width` must be even. Received: width=5."),
+        (lambda: ResnetBlock(8, 4).build((1, 2, 2, 6)), "`channels` must be divisible by `groups`. Received: channels=6, groups=4."),
+    ],
+)  # fmt: skip
+def test_bad_argument_is_told(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        GroupNorm(groups=2, epsilon=1e-3),
+        ResnetBlock(8, 4, 1e-6, time=True, zero=True),
+        layers.Attention(8, 2, use_bias=True, causal=True),
+        AttentionBlock(8, 4, 1e-5),
+        TransformerBlock(8, 2, 1e-6),
+        SpatialTransformer(8, 2, 2, 4, True, 1e-6),
+        Downsample(8, "after"),
+        Upsample(8),
+        TimestepEmbedding(8, False, 1),
+        PositionEmbedding(5, 8),
+        TextLayer(8, 2, 16, "gelu", 1e-6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layer_is_made_again_from_its_config(layer):
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert type(again) is type(layer)
+    assert again.get_config() == layer.get_config()
+
+
+def test_blank_weights_are_a_scope():
+    with blank_weights():
+        blank = ResnetBlock(4, 2, name="blank")
+        blank.build((1, 2, 2, 4))
+    drawn = ResnetBlock(4, 2, name="drawn")
+    drawn.build((1, 2, 2, 4))
+    assert not to_numpy(blank.conv_1.kernel).any()
+    assert to_numpy(drawn.conv_1.kernel).all()

@@ -1,0 +1,160 @@
+"""The three networks: variables, configurations, files, sizes."""
+
+import random
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import TEXT_ENCODER, UNET, make, numbers, relative_error, to_numpy
+
+from latentdiff.checkpoints.diffusers import key_map
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.layers import blank_weights
+from latentdiff.models.text_encoder import CLIPTextEncoder
+from latentdiff.models.unet import UNet
+from latentdiff.presets import named_variables
+
+SD2_UNET = {
+    "channels": (8, 8, 16),
+    "blocks_per_level": 2,
+    "attention": (True, False, True),
+    "heads": (1, 2, 4),
+    "transformer_depth": (1, 1, 2),
+    "context_dim": 6,
+    "dense_projection": True,
+    "groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def sd2_unet():
+    """Three levels, dense projections, another number of heads and blocks a level."""
+    return make(UNet, SD2_UNET)
+
+
+def unet_inputs(unet, height, width, batch=1):
+    context_dim = unet.config["context_dim"]
+    return {
+        "latent": numbers(batch, height, width, 4),
+        "timestep": np.linspace(951, 3, batch).astype("float32"),
+        "context": numbers(batch, 5, context_dim, seed=1),
+    }
+
+
+def assert_variables_are_those_of_the_key_map(kind, network):
+    ours = {path: tuple(variable.shape) for path, variable in named_variables(network)}
+    assert ours == {entry.path: entry.shape for entry in key_map(kind, network.config)}
+
+
+@pytest.mark.parametrize("kind", ["unet", "autoencoder", "text_encoder"])
+def test_variables_are_those_of_the_key_map(kind, tiny_pipe):
+    assert_variables_are_those_of_the_key_map(kind, getattr(tiny_pipe, kind))
+
+
+def test_variables_of_an_sd2_unet_are_those_of_the_key_map(sd2_unet):
+    assert_variables_are_those_of_the_key_map("unet", sd2_unet)
+
+
+def test_unet_comes_out_at_any_size(sd2_unet):
+    for height, width in ((4, 8), (5, 7), (3, 6)):
+        out = to_numpy(sd2_unet(unet_inputs(sd2_unet, height, width)))
+        assert out.shape == (1, height, width, 4)
+        assert np.isfinite(out).all()
+
+
+def test_unet_sees_each_of_its_inputs(sd2_unet):
+    inputs = unet_inputs(sd2_unet, 4, 4)
+    out = sd2_unet(inputs)
+    for name, changed in (("timestep", inputs["timestep"] - 1), ("context", inputs["context"][:, ::-1] * 2)):
+        assert relative_error(sd2_unet({**inputs, name: changed}), out) > 1e-4, name
+
+
+def test_unet_starts_at_zero():
+    """So that a training begins with the prediction's mean: zero."""
+    unet = UNet(**{**UNET, "channels": (8,), "attention": (True,), "heads": 2}, mid_attention=False)
+    assert not to_numpy(unet(unet_inputs(unet, 2, 2))).any()
+    assert "mid_attention" not in {layer.name for layer in unet.layers}
+    assert_variables_are_those_of_the_key_map("unet", unet)
+
+
+def test_timestep_951_is_not_952_in_a_bfloat16_unet():
+    with blank_weights():
+        config = {**UNET, "channels": (8,), "attention": (False,), "heads": 2}
+        unet = UNet(**config, mid_attention=False, dtype="bfloat16")
+    assert {variable.dtype for variable in unet.variables} == {"bfloat16"}
+    embedding = keras.Model(unet.inputs, unet.get_layer("timestep_embedding").output)
+    inputs = {**unet_inputs(unet, 2, 2), "timestep": np.array([951.0], "float32")}
+    frequencies = 10000.0 ** (-np.arange(4) / 4)
+    expected = np.concatenate([np.cos(951 * frequencies), np.sin(951 * frequencies)])
+    np.testing.assert_allclose(to_numpy(embedding(inputs))[0], expected, atol=5e-4)
+
+
+def test_half_precision_is_near_float32(tiny_pipe):
+    half = make(UNet, UNET, seed=2, dtype="bfloat16")
+    inputs = unet_inputs(half, 4, 6)
+    expected = tiny_pipe.unet(inputs)
+    assert 1e-5 < relative_error(keras.ops.cast(half(inputs), "float32"), expected) < 0.1
+
+
+def test_text_encoder_is_causal(tiny_pipe):
+    tokens = np.array([[3, 5, 7, 9], [3, 5, 8, 9]], "int32")
+    first, second = to_numpy(tiny_pipe.text_encoder(tokens))
+    np.testing.assert_allclose(first[:2], second[:2], atol=1e-6)
+    assert np.abs(first[2:] - second[2:]).min(axis=-1).max() > 1e-3
+
+
+def inputs_of(kind, network):
+    if kind == "unet":
+        return unet_inputs(network, 4, 6)
+    return numbers(1, 8, 12, 3) if kind == "autoencoder" else np.array([[3, 5, 7]], "int32")
+
+
+@pytest.mark.parametrize("kind", ["unet", "autoencoder", "text_encoder"])
+def test_network_comes_back_from_its_file(kind, tiny_pipe, tmp_path):
+    network = getattr(tiny_pipe, kind)
+    network.save(tmp_path / "network.keras")
+    again = keras.saving.load_model(tmp_path / "network.keras")
+    assert type(again) is type(network)
+    assert again.get_config() == network.get_config()
+    inputs = inputs_of(kind, network)
+    np.testing.assert_allclose(to_numpy(again(inputs)), to_numpy(network(inputs)), atol=1e-6)
+    if kind == "autoencoder":
+        np.testing.assert_allclose(to_numpy(again.encode(inputs)), to_numpy(network.encode(inputs)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network_class", "config"),
+    [
+        (UNet, {**UNET, "channels": (4,), "attention": (True,), "heads": (2,)}),
+        (Autoencoder, {"channels": (4,), "blocks_per_level": 1, "groups": 2}),
+        (CLIPTextEncoder, TEXT_ENCODER),
+    ],
+)
+def test_blank_weights_draw_nothing(network_class, config):
+    before = random.getstate()
+    with blank_weights():
+        network = network_class(**config)
+    assert random.getstate() == before  # where Keras' initializers take their seeds from
+    named = {path: to_numpy(variable) for path, variable in named_variables(network)}
+    assert all((array == (1 if path.endswith("gamma") else 0)).all() for path, array in named.items())
+    network_class(**config)
+    assert random.getstate() != before
+
+
+@pytest.mark.parametrize(
+    ("network_class", "config", "message"),
+    [
+        (UNet, {"channels": (8, 30)}, "`attention` must have one value for each of `channels`"),
+        (UNet, {"channels": (30,), "attention": (False,)}, "Received: channels=30, groups=32."),
+        (UNet, {**UNET, "heads": (2, 4, 8)}, "`heads` must have one value for each of `channels`"),
+        (UNet, {**UNET, "transformer_depth": [1]}, "`transformer_depth` must have one value for each of `channels`"),
+        (UNet, {**UNET, "heads": 3}, "`width` must be divisible by `heads`. Received: width=8, heads=3."),
+        (Autoencoder, {"channels": (8, 16)}, "Received: channels=8, groups=32."),
+        (CLIPTextEncoder, {**TEXT_ENCODER, "heads": 3}, "Received: width=8, heads=3."),
+        (CLIPTextEncoder, {**TEXT_ENCODER, "activation": "swish"}, "Received: activation='swish'."),
+    ],
+)
+def test_bad_argument_is_told(network_class, config, message):
+    with pytest.raises(ValueError) as error:
+        network_class(**config)
+    assert message in str(error.value)
