@@ -297,8 +297,10 @@ def _seeds(seed, total: int) -> list[int]:
         seed = secrets.randbelow(2**32)
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         seeds = [int(seed) + i for i in range(total)]
+    elif not isinstance(seed, list | tuple | range | np.ndarray):
+        raise TypeError(f"`seed` must be one int, or one for each image. Received: seed={seed!r}.")
     else:
-        seeds = list(seed) if isinstance(seed, list | tuple | range | np.ndarray) else [seed]
+        seeds = list(seed)
         if len(seeds) != total:
             raise ValueError(f"`seed` must be one int, or one for each of the {total} images. Received: {len(seeds)}.")
     if any(isinstance(s, int) and not 0 <= s <= MAX_SEED for s in seeds):
@@ -325,13 +327,22 @@ def _handed_in(noise, total: int, shape: tuple[int, ...], table: SamplerTable) -
 
 
 def _check_choices(scale, rescale, interval, batch_size, output) -> None:
-    if isinstance(scale, bool) or not np.isscalar(scale) or not np.isfinite(scale):
+    if not _is_number(scale) or not np.isfinite(scale):
         raise ValueError(f"`guidance_scale` must be a finite number. Received: guidance_scale={scale!r}.")
-    if not 0 <= rescale <= 1:
+    if not _is_number(rescale) or not 0 <= rescale <= 1:
         raise ValueError(f"`guidance_rescale` must lie in 0 .. 1. Received: guidance_rescale={rescale!r}.")
-    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
+    if interval is not None and not _is_interval(interval):
         raise ValueError(f"`guidance_interval` must be (low, high), 0 <= low <= high. Received: {interval!r}.")
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
     if output not in OUTPUTS:
         raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}. Received: output={output!r}.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _is_interval(value) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(end) for end in value)
+    return is_pair and 0 <= value[0] <= value[1]

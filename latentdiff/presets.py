@@ -138,7 +138,9 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
     with replaced_directory(directory, overwrite) as fresh:
         for kind in _NETWORKS:
             network = getattr(parts, kind)
-            arrays = {path: np.asarray(ops.convert_to_numpy(v)) for path, v in named_variables(network)}
+            arrays = {
+                path: np.asarray(ops.convert_to_numpy(ops.convert_to_tensor(v))) for path, v in named_variables(network)
+            }
             folder = fresh / diffusers.KINDS[kind].folder
             diffusers.write_component(folder, kind, network.config, arrays, dtype=dtype, details=details[kind])
         parts.tokenizer.save(fresh / "tokenizer")

@@ -143,6 +143,9 @@ class Checkpoint(keras.callbacks.Callback):
                 self.save()
             self.last = step // self.every
 
+    def on_train_end(self, logs=None):
+        self.save()
+
     def save(self) -> None:
         """Writes the state as it is now."""
         arrays = {f"{i}": np.asarray(v) for i, v in enumerate(self._variables())}
