@@ -1,0 +1,188 @@
+"""Directories -> parts, and back."""
+
+import shutil
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import AUTOENCODER, LATENT, PICTURE, numbers, relative_error, to_numpy
+
+import latentdiff as ld
+from latentdiff import catalogue, presets
+from latentdiff.checkpoints import diffusers
+
+FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
+CLASSES = {"unet": "UNet", "autoencoder": "Autoencoder", "text_encoder": "CLIPTextEncoder"}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_directory):
+    return ld.TextToImage.from_preset(tiny_directory, dtype="float32")
+
+
+@pytest.fixture
+def copied(tiny_directory, tmp_path):
+    """A copy of the directory, to be spoilt."""
+    return shutil.copytree(tiny_directory, tmp_path / "copy")
+
+
+@pytest.fixture
+def no_networks(monkeypatch):
+    """Fails where a network is built."""
+
+    def refuse(*arguments, **changes):
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr(presets, "_network", refuse)
+
+
+def weights(network):
+    return {path: to_numpy(variable) for path, variable in presets.named_variables(network)}
+
+
+def test_saved_pipeline_makes_the_same_picture(loaded, tiny_pipe):
+    arguments = {"num_steps": 3, "seed": 5, "progress": False}
+    ours, theirs = (pipe.generate(["a red heart", "the cat"], **arguments) for pipe in (loaded, tiny_pipe))
+    assert ours.shape == (2, *PICTURE)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_saved_pipeline_is_the_same(loaded, tiny_pipe):
+    assert loaded.settings == tiny_pipe.settings
+    assert loaded.parts.sample_size == tiny_pipe.parts.sample_size == LATENT[:2]
+    assert loaded.tokenizer.vocabulary == tiny_pipe.tokenizer.vocabulary
+    for kind in FOLDERS:
+        ours, theirs = getattr(loaded, kind), getattr(tiny_pipe, kind)
+        assert ours.config == theirs.config
+        for path, array in weights(theirs).items():
+            np.testing.assert_array_equal(weights(ours)[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_component_loads_alone(kind, tiny_directory, tiny_pipe):
+    expected = getattr(tiny_pipe, kind)
+    network = getattr(ld, CLASSES[kind]).from_preset(tiny_directory / FOLDERS[kind], dtype="float32")
+    assert network.config == expected.config
+    ours, theirs = weights(network), weights(expected)
+    assert all((ours[path] == theirs[path]).all() for path in theirs)
+
+
+def test_component_is_found_in_a_pipelines_directory(tiny_directory, tiny_pipe):
+    network = ld.CLIPTextEncoder.from_preset(tiny_directory, dtype="float32")
+    assert network.config == tiny_pipe.text_encoder.config
+
+
+@pytest.mark.parametrize("folder", ["", "tokenizer"])
+def test_tokenizer_loads_alone(folder, tiny_directory, tiny_pipe):
+    tokenizer = ld.CLIPTokenizer.from_preset(tiny_directory / folder)
+    np.testing.assert_array_equal(tokenizer("a red heart"), tiny_pipe.tokenizer("a red heart"))
+
+
+def test_autoencoder_takes_another_epsilon(tiny_directory, tiny_pipe):
+    network = ld.Autoencoder.from_preset(tiny_directory, norm_epsilon=1e-2, dtype="float32")
+    assert tiny_pipe.autoencoder.config["norm_epsilon"] == 1e-6
+    assert network.config["norm_epsilon"] == 1e-2
+    image = numbers(1, *PICTURE)
+    assert relative_error(network.encode(image), tiny_pipe.autoencoder.encode(image)) > 1e-4
+
+
+def test_weights_are_held_in_the_dtype_that_was_asked_for(tiny_directory, tiny_pipe):
+    network = ld.CLIPTextEncoder.from_preset(str(tiny_directory), dtype="bfloat16")
+    assert {variable.dtype for variable in network.variables} == {"bfloat16"}
+    tokens = tiny_pipe.tokenizer("a red heart")
+    context = keras.ops.cast(network(tokens), "float32")
+    assert 1e-5 < relative_error(context, tiny_pipe.text_encoder(tokens)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+    ],
+)
+def test_missing_file_is_told_before_a_network_is_built(file, copied, no_networks):
+    (copied / file).unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        ld.TextToImage.from_preset(copied)
+    assert Path(file).name.partition(".")[0] in str(error.value) or Path(file).parent.name in str(error.value)
+
+
+def test_networks_that_do_not_fit_are_told_before_one_is_built(copied, no_networks):
+    config = {**presets.Autoencoder(**AUTOENCODER, latent_channels=2).config}
+    arrays = {entry.path: np.zeros(entry.shape, "float32") for entry in diffusers.key_map("autoencoder", config)}
+    shutil.rmtree(copied / "vae")
+    diffusers.write_component(copied / "vae", "autoencoder", config, arrays, dtype="float32")
+    with pytest.raises(ValueError, match="The UNet's latent must have as many channels as the autoencoder's"):
+        ld.TextToImage.from_preset(copied)
+
+
+def test_weights_that_are_not_numbers_are_told(copied, tiny_pipe):
+    arrays = weights(tiny_pipe.text_encoder)
+    spoilt = {**arrays, "final_norm/beta": np.full(8, np.nan, "float32")}
+    safetensors = pytest.importorskip("safetensors.numpy")
+    path = copied / "text_encoder" / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    (name,) = [name for name in tensors if name.endswith("final_layer_norm.bias")]
+    safetensors.save_file({**tensors, name: spoilt["final_norm/beta"]}, path)
+    with pytest.raises(ValueError, match="Weights must be finite"):
+        ld.CLIPTextEncoder.from_preset(copied)
+
+
+def test_unknown_name_is_told_with_the_near_ones(tmp_path, monkeypatch):
+    (tmp_path / "emoji").mkdir()
+    monkeypatch.setattr(catalogue, "weights_directory", lambda: tmp_path)
+    with pytest.raises(ValueError, match="Received: 'emojy'. Did you mean 'emoji'?"):
+        ld.TextToImage.from_preset("emojy")
+
+
+def test_preset_that_is_no_path_is_told():
+    with pytest.raises(TypeError, match="`preset` must be a name or a directory. Received: 7."):
+        ld.TextToImage.from_preset(7)
+
+
+def test_pickle_is_never_opened(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickle"):
+        ld.TextToImage.from_preset(tmp_path / "model.ckpt")
+
+
+def test_existing_directory_is_kept(tiny_pipe, copied):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        tiny_pipe.save_to_preset(copied)
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_existing_directory_is_replaced_where_that_is_asked_for(tiny_pipe, copied, tiny_directory):
+    (copied / "unet" / "config.json").write_text("{}")
+    tiny_pipe.save_to_preset(copied, overwrite=True)
+    for path in tiny_directory.rglob("*"):
+        if path.is_file():
+            assert (copied / path.relative_to(tiny_directory)).read_bytes() == path.read_bytes()
+    assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+
+
+def test_directory_in_half_precision_is_half_as_large(tiny_pipe, tiny_directory, tmp_path):
+    tiny_pipe.save_to_preset(tmp_path / "half", dtype="float16")
+    name = "text_encoder/model.safetensors"
+    whole, half = ((directory / name).stat().st_size for directory in (tiny_directory, tmp_path / "half"))
+    assert half < 0.6 * whole
+    network = ld.CLIPTextEncoder.from_preset(tmp_path / "half", dtype="float32")
+    for path, array in weights(tiny_pipe.text_encoder).items():
+        np.testing.assert_array_equal(weights(network)[path], array.astype("float16"))
+
+
+def test_nothing_is_left_of_a_directory_that_could_not_be_written(tiny_pipe, tmp_path):
+    with pytest.raises(ValueError, match="`dtype` must be one of"):
+        tiny_pipe.save_to_preset(tmp_path / "model", dtype="float8")
+    assert list(tmp_path.iterdir()) == []
