@@ -1,6 +1,6 @@
 """Trains the emoji model's UNet and text encoder on the autoencoder's latents, with `fit`; writes the model directory.
 
-usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--steps 20000] [--preset weights/emoji]
+usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--steps 20000] [--preset runs/emoji/model]
 Goes on from OUTPUT/diffusion.npz where that exists. The latents are made once, from OUTPUT/autoencoder.keras, and kept
 in OUTPUT/latents.npz.
 """
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, default="data/emoji")
     parser.add_argument("--output", type=pathlib.Path, default="runs/emoji")
-    parser.add_argument("--preset", type=pathlib.Path, default="weights/emoji")
+    parser.add_argument("--preset", type=pathlib.Path, default="runs/emoji/model")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
