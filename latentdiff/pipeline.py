@@ -130,7 +130,7 @@ class TextToImage:
 
         Raises:
             TypeError: a prompt is not text, or a seed not an integer.
-            ValueError: a number is out of range, a name unknown, or a shape does not fit. All are raised before any work.
+            ValueError: a number is out of range, a name unknown, or a shape does not fit; all before any work.
         """
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         total = len(prompts)
