@@ -26,24 +26,21 @@ VENV_PEERS := .venv-peers
 VENV_WHEEL := .venv-wheel
 PINNED := requirements.txt pyproject.toml
 PIP := -m pip --disable-pip-version-check
-# pip need not compile what may never be imported.
-INSTALL := $(PIP) install --quiet --no-compile --constraint requirements.txt
-
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
 # The same tests run on JAX, less those that touch no array.
-NO_ARRAYS := cli packaging pictures
+NO_ARRAYS := architecture cli emoji_recipe packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
-.PHONY: run test lint format peers wheel clean
+.PHONY: run test test-tensorflow test-jax lint format peers wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
 	$(VENV)/bin/latentdiff generate "$$PROMPT" --output "$$OUTPUT"
 
 test: $(VENV)/.test
-	KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest tests --ignore=tests/peers
-	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest tests --ignore=tests/peers $(JAX_IGNORES)
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest tests --ignore=tests/peers
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=jax $(VENV)/bin/python -m pytest tests --ignore=tests/peers $(JAX_IGNORES)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -55,7 +52,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff format .
 
 peers: $(VENV_PEERS)/.peers
-	KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest tests/peers
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest tests/peers
 
 # Installed by name and run elsewhere with -P, so nothing of the checkout is seen.
 wheel: $(VENV)/.run

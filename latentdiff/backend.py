@@ -18,8 +18,8 @@ from keras import ops
 class Compiled:
     """A function of arrays, compiled once for each set of shapes and dtypes.
 
-    The networks' weights are no arguments of `function`: TensorFlow's graph refers to its variables, and on JAX they are
-    handed to the compiled function behind the scenes, so that they are never constants in it.
+    The networks' weights are no arguments of `function`: TensorFlow's graph refers to its variables, and on JAX they
+    are handed to the compiled function behind the scenes, so that they are never constants in it.
 
     Args:
         function: takes and gives arrays; is run in Python only to be traced.
@@ -82,7 +82,7 @@ def has_gpu() -> bool:
 
 @functools.cache
 def default_dtype() -> str:
-    """The dtype that networks compute in where none is asked for: bfloat16 where the device multiplies it, else float32."""
+    """What networks compute in where no dtype is asked for: bfloat16 where the device multiplies it, else float32."""
     if has_gpu():
         return "bfloat16"
     if keras.backend.backend() != "tensorflow":

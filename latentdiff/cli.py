@@ -7,35 +7,35 @@ import math
 import os
 import secrets
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__
 from latentdiff.catalogue import preset_names, resolve_preset
+from latentdiff.checkpoints.diffusers_scheduler import SAMPLER_CLASSES
 
 if TYPE_CHECKING:
     from latentdiff.pictures import Settings
 
-# What `latentdiff.diffusion.samplers` and the networks know, said here so that a wrong one is refused without Keras;
-# tests/test_cli.py holds the two together.
-SAMPLERS = (
-    "ddpm",
-    "ddim",
-    "pndm",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_karras",
-    "unipc",
-    "lcm",
-)
+SAMPLERS = tuple(SAMPLER_CLASSES)
 DTYPES = ("float32", "bfloat16", "float16")
+
+_SHARED = (
+    "negative_prompt",
+    "preset",
+    "num_steps",
+    "guidance_scale",
+    "seed",
+    "sampler",
+    "height",
+    "width",
+    "dtype",
+)
 
 _EXAMPLES = """examples:
   latentdiff generate "a red heart, noto style"
@@ -58,8 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    # TensorFlow reports its build and its plug-ins at every start; a user who set the level wants them.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -100,8 +98,8 @@ def _parser() -> _Parser:
     add("--output", default="out.png", metavar="PNG", help="default: out.png; several: out-0.png, out-1.png, ...")
     add("--negative-prompt", type=_text, help="what to keep away from; default: nothing")
     add("--num-images", type=_whole(1), default=1, help="pictures for each prompt; default: 1")
-    add("--num-steps", type=_whole(1), help="default: the model's own")
-    add("--guidance-scale", type=_number, help="how closely to follow the prompt; default: the model's own")
+    add("--num-steps", type=_whole(1), help="default: 25")
+    add("--guidance-scale", type=_number, help="how closely to follow the prompt; default: 5")
     add("--seed", type=_whole(0), help="of the first picture, the next has one more; default: random")
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own")
     add("--height", type=_whole(1), help="in pixels; default: the model's own")
@@ -120,16 +118,13 @@ def _generate(options: argparse.Namespace) -> None:
     outputs = _outputs(options.output, total)
     _check_seeds(seeds)
 
-    import keras
-
+    backend = _start_keras()
     from latentdiff.pictures import write_png
     from latentdiff.pipeline import TextToImage
 
-    backend = keras.backend.backend()
     if settings.backend not in (None, backend):
-        warnings.warn(
-            f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one",
-            stacklevel=2,
+        _show_warning(
+            f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
         )
     pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype)
     images = pipeline.generate(
@@ -145,31 +140,59 @@ def _generate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         progress=options.progress,
     )
-    made = replace(settings, dtype=pipeline.dtype, backend=backend, height=images.shape[1], width=images.shape[2])
+    made = replace(
+        settings,
+        sampler=settings.sampler or pipeline.settings.sampler,
+        height=images.shape[1],
+        width=images.shape[2],
+        dtype=pipeline.dtype,
+        backend=backend,
+    )
     for index, (image, seed, output) in enumerate(zip(images, seeds, outputs, strict=True)):
         write_png(output, image, replace(made, prompt=prompts[index // options.num_images], seed=seed))
         print(f"{output}  seed {seed}")
+
+
+def _start_keras() -> str:
+    """The name of Keras' backend, once that has been imported and has found its devices."""
+    with _without_start_log():
+        import keras
+
+        keras.ops.zeros(())
+        return keras.backend.backend()
+
+
+@contextmanager
+def _without_start_log() -> Iterator[None]:
+    """Holds back what TensorFlow reports of its build and of missing GPUs, unless the user has set its log level.
+
+    Its C++ code writes to the descriptor, and some of it before it heeds any level. If the start fails, all is shown.
+    """
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            log.seek(0)
+            os.write(stderr, log.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _settings(options: argparse.Namespace) -> tuple[list[str], Settings]:
     """The prompts, and what all pictures share: from the command line, else from the picture, else the default."""
     from latentdiff.pictures import Settings, read_settings
 
-    given = {
-        name: getattr(options, name)
-        for name in (
-            "negative_prompt",
-            "preset",
-            "num_steps",
-            "guidance_scale",
-            "seed",
-            "sampler",
-            "height",
-            "width",
-            "dtype",
-        )
-        if getattr(options, name) is not None
-    }
+    given = {name: getattr(options, name) for name in _SHARED if getattr(options, name) is not None}
     if options.source is not None:
         stored = replace(read_settings(options.source), version=__version__)
         if stored.sampler not in (None, *SAMPLERS):
@@ -209,7 +232,9 @@ def _text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"must be text in {sys.getfilesystemencoding()}. Received: {value!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be text in {sys.getfilesystemencoding()}. Received: {value!r}"
+        ) from None
     return value
 
 
@@ -243,7 +268,7 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object) -> None:
     print(f"latentdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

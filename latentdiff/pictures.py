@@ -12,12 +12,12 @@ import secrets
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from latentdiff import __version__
+from latentdiff.checkpoints.files import parse_json
 
 KEYWORD = "latentdiff"
 MAX_SEED = 2**63 - 1
@@ -34,9 +34,9 @@ class Settings:
         negative_prompt: any text.
         preset: as it was given: a name in `weights/`, or a directory.
         seed: of this picture, 0 .. 2**63 - 1.
-        num_steps: at least 1; None is the model's own, as for the next two.
+        num_steps: at least 1.
         guidance_scale: finite.
-        sampler: its name.
+        sampler: its name; None is the model's own.
         height: in pixels, at least 1; None is the model's own, as for the next.
         width: in pixels, at least 1.
         dtype: that the networks computed in, such as "float32"; None is chosen by the device.
@@ -51,8 +51,8 @@ class Settings:
     negative_prompt: str = ""
     preset: str
     seed: int
-    num_steps: int | None = None
-    guidance_scale: float | None = None
+    num_steps: int = 25
+    guidance_scale: float = 5.0
     sampler: str | None = None
     height: int | None = None
     width: int | None = None
@@ -66,8 +66,8 @@ class Settings:
             "negative_prompt": _is_text,
             "preset": _is_text,
             "seed": lambda value: _is_int(value) and 0 <= value <= MAX_SEED,
-            "num_steps": lambda value: value is None or _is_int(value) and value >= 1,
-            "guidance_scale": lambda value: value is None or _is_finite(value),
+            "num_steps": lambda value: _is_int(value) and value >= 1,
+            "guidance_scale": _is_finite,
             "sampler": lambda value: value is None or _is_text(value),
             "height": lambda value: value is None or _is_int(value) and value >= 1,
             "width": lambda value: value is None or _is_int(value) and value >= 1,
@@ -125,13 +125,10 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     """
     text = _read_chunk(path)
     if len(text) > MAX_SETTINGS:
-        raise ValueError(f"settings must have at most {MAX_SETTINGS} characters. Received: {len(text)} in {str(path)!r}.")
-    try:
-        values: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"settings must be JSON. Received: {text[:80]!r} in {str(path)!r}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"settings must be a JSON object. Received: {text[:80]!r} in {str(path)!r}.")
+        raise ValueError(
+            f"settings must have at most {MAX_SETTINGS} characters. Received: {len(text)} in {str(path)!r}."
+        )
+    values = parse_json(text.encode(), f"the settings in {path}")
     names = {field.name for field in fields(Settings)}
     missing = [name for name in ("prompt", "preset", "seed") if name not in values]
     if missing:

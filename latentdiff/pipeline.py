@@ -118,8 +118,8 @@ class TextToImage:
             guidance_rescale: 0 .. 1, see `guidance.guide`.
             guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone.
             eta: DDIM's share of DDPM's noise, 0 .. 1.
-            noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise of
-                each of the sampler's R rows after it.
+            noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise
+                of each of the sampler's R rows after it.
             batch_size: how many images are made at a time; None is all.
             progress: whether a bar shows the steps.
             callback: is told the step from 1 on and the latent (B, h, w, c) float32 after it; False ends the run there.
@@ -130,7 +130,7 @@ class TextToImage:
 
         Raises:
             TypeError: a prompt is not text, or a seed not an integer.
-            ValueError: a number is out of range, a name unknown, or a shape does not fit. Nothing has been computed then.
+            ValueError: a number is out of range, a name unknown, or a shape does not fit; all before any work.
         """
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         total = len(prompts)
@@ -160,7 +160,7 @@ class TextToImage:
     def step_function(self, guided: bool, clip: float | None) -> Compiled:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
 
-        It takes state (S, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (S, S + 3),
+        It takes state (4, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (4, 7),
         fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state.
         """
         if (guided, clip) not in self._steps:
@@ -228,7 +228,7 @@ class _Run:
             self.both = ops.concatenate([self._context(negative_tokens), self.context], axis=0)
 
     def _context(self, tokens: np.ndarray):
-        # One prompt at a time: a prompt's context does not depend on those beside it, and no number of them is traced anew.
+        # One prompt at a time: its context does not depend on those beside it, and no number of them is traced anew.
         rows, places = np.unique(tokens, axis=0, return_inverse=True)
         contexts = ops.concatenate([self.pipeline._encode(row[None]) for row in rows], axis=0)
         return ops.take(contexts, places.reshape(-1), axis=0)

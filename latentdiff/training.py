@@ -55,7 +55,7 @@ class AutoencoderTraining(keras.Model):
         error = reconstruction - ops.cast(x, "float32")
         squares = ops.mean(ops.square(error), axis=(1, 2, 3))  # (B,)
         kl = 0.5 * ops.sum(ops.square(mean) + ops.exp(log_variance) - 1 - log_variance, axis=(1, 2, 3))  # (B,)
-        pixels = int(np.prod(x.shape[1:]))
+        pixels = ops.cast(ops.prod(ops.convert_to_tensor(ops.shape(error)[1:])), "float32")  # a fit may change the size
         self.psnr.update_state(10 * ops.log10(4 / ops.maximum(squares, 1e-10)))
         return ops.mean(ops.abs(error)) + ops.mean(squares) + self.kl_weight * ops.mean(kl) / pixels
 

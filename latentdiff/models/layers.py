@@ -362,8 +362,16 @@ class SpatialTransformer(Block):
     """
 
     def __init__(
-        self, channels: int, heads: int, depth=1, groups=32, dense_projection=False, norm_epsilon=1e-5, name=None, dtype=None
-    ):  # fmt: skip
+        self,
+        channels: int,
+        heads: int,
+        depth: int = 1,
+        groups: int = 32,
+        dense_projection: bool = False,
+        norm_epsilon: float = 1e-5,
+        name=None,
+        dtype=None,
+    ):
         super().__init__(locals(), name=name, dtype=dtype)
         check_groups(channels, groups)
         policy = self.dtype_policy

@@ -12,7 +12,7 @@ from latentdiff.models.layers import PositionEmbedding, TextLayer, embedding_ini
 class CLIPTextEncoder(keras.Model):
     """The text transformer of CLIP up to its final norm, a functional model.
 
-    The defaults are those of CLIP ViT-L/14, Stable Diffusion 1.x; SD 2.x has width 1024, 23 layers, 16 heads and "gelu".
+    The defaults are those of CLIP ViT-L/14, Stable Diffusion 1.x; SD 2.x has width 1024, 23 layers, 16 heads, "gelu".
 
     Args:
         vocabulary_size: how many tokens there are.

@@ -1,6 +1,7 @@
 """The UNet: (latent, timestep, context) -> prediction.
 
-References: Ho et al. 2020, appendix B, arXiv:2006.11239; Rombach et al. 2022, sec. 3.3 and appendix E, arXiv:2112.10752.
+References: Ho et al. 2020, appendix B, arXiv:2006.11239; Rombach et al. 2022, sec. 3.3 and appendix E,
+arXiv:2112.10752.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Draws the pictures that the model is judged by, and sheets of them beside the true ones.
 
-usage: python scripts/emoji/draw.py [--data data/emoji] [--preset emoji] [--output runs/emoji/drawn] [--seen 500] [--held-out 499]
+usage: python scripts/emoji/draw.py [--data data/emoji] [--preset emoji] [--output runs/emoji/drawn]
 Then   python scripts/emoji/judge_emoji.py data/emoji/gallery runs/emoji/drawn
 
 Every held-out pair and the first seen ones, in the order of the split's hash, one picture each: the model's defaults,

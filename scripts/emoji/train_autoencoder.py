@@ -45,7 +45,9 @@ class Images(keras.utils.PyDataset):
         chosen = self.rows[[order[p][i] for p, i in zip(passes, within, strict=True)]]
         margin = self.images.shape[1] - self.size
         corners = np.random.default_rng((self.seed, 1, int(places[0]))).integers(0, margin + 1, (len(chosen), 2))
-        crops = [self.images[c, y : y + self.size, x : x + self.size] for c, (y, x) in zip(chosen, corners, strict=True)]
+        crops = [
+            self.images[c, y : y + self.size, x : x + self.size] for c, (y, x) in zip(chosen, corners, strict=True)
+        ]
         return (np.stack(crops).astype("float32") / 127.5 - 1,)
 
 

@@ -1,6 +1,6 @@
 """Trains the emoji model's UNet and text encoder on the autoencoder's latents, with `fit`; writes the model directory.
 
-usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--steps 20000] [--preset weights/emoji]
+usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--preset runs/emoji/model]
 Goes on from OUTPUT/diffusion.npz where that exists. The latents are made once, from OUTPUT/autoencoder.keras, and kept
 in OUTPUT/latents.npz.
 """
@@ -69,7 +69,7 @@ def make_latents(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
 
 
 def latents_of(output: pathlib.Path, autoencoder: Autoencoder, images: np.ndarray, train: np.ndarray):
-    """(latents, scaling factor), kept from an earlier call or made now; the factor gives training latents variance one."""
+    """(latents, scaling factor), kept from before or made now; the factor gives training latents variance one."""
     path = output / "latents.npz"
     if not path.exists():
         latents = make_latents(autoencoder, images)
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, default="data/emoji")
     parser.add_argument("--output", type=pathlib.Path, default="runs/emoji")
-    parser.add_argument("--preset", type=pathlib.Path, default="weights/emoji")
+    parser.add_argument("--preset", type=pathlib.Path, default="runs/emoji/model")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=8e-4)

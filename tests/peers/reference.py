@@ -1,8 +1,8 @@
 """What diffusers and transformers say: tokens, context, UNet output, latents and pictures, as NumPy arrays.
 
 Arrays are laid out as here, (B, H, W, C). diffusers' mistakes that REFERENCE.md lists are not copied: no clipping of
-latents, no final alpha_bar of 1 in DDIM, and every sampler keeps the directory's `leading` spacing, where
-`from_config` would fall back to the class's own.
+latents, and no final alpha_bar of 1 in DDIM. All else is what `from_config` makes of the directory's own scheduler: a
+spacing that its file names is kept, and where the file is silent each class has its own default.
 """
 
 import sys
@@ -127,8 +127,7 @@ def final_latent(
     own = pipe.scheduler
     if sampler is not None:
         name, settings = SAMPLERS[sampler]
-        settings = {"timestep_spacing": "leading", **settings, **changes}
-        pipe.scheduler = getattr(diffusers, name).from_config(own.config, **settings)
+        pipe.scheduler = getattr(diffusers, name).from_config(own.config, **{**settings, **changes})
     try:
         with handed_noise(rest):
             latent = pipe(

@@ -220,8 +220,9 @@ def test_diffusers_makes_the_same_picture_of_what_is_saved(saved, changed, noise
     assert_close(changed.text_encoder(tokens), reference.context(theirs, tokens))
     image = np.random.default_rng(7).uniform(-1, 1, (1, 24, 40, 3)).astype("float32")
     assert_close(changed.autoencoder.encode(image), reference.encoded(theirs.vae, image))
-    images, latent = generate(changed, noise[0])
-    assert_same_picture(images, latent, reference.final_latent(theirs, noise[0]), theirs)
+    for sampler in (None, "dpmpp_2m"):
+        images, latent = generate(changed, noise[0], sampler=sampler)
+        assert_same_picture(images, latent, reference.final_latent(theirs, noise[0], sampler=sampler), theirs)
 
 
 def test_each_part_of_what_is_saved_opens_alone_without_a_warning(saved):
@@ -371,5 +372,10 @@ def test_one_number_of_heads_stands_for_every_level(tmp_path):
 def test_directory_that_diffusers_writes_anew_gives_the_same_picture(directory, theirs, noise, tmp_path):
     """Today's diffusers names every field: the scheduler's spacing, the safety checker that is not there."""
     theirs.save_pretrained(tmp_path / "anew")
-    images, latent = generate(ld.TextToImage.from_preset(str(tmp_path / "anew"), dtype="float32"), noise[0])
-    assert_same_picture(images, latent, reference.final_latent(theirs, noise[0]), theirs)
+    ours, anew = (
+        ld.TextToImage.from_preset(str(tmp_path / "anew"), dtype="float32"),
+        reference.open_pipeline(tmp_path / "anew"),
+    )
+    for sampler in (None, "euler"):
+        images, latent = generate(ours, noise[0], sampler=sampler)
+        assert_same_picture(images, latent, reference.final_latent(anew, noise[0], sampler=sampler), theirs)

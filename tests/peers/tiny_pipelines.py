@@ -10,14 +10,16 @@ exact GELU in the text encoder, what pads the tokens, eps or v, PNDM or DDIM, an
 which a tokenizer is kept.
 """
 
+import itertools
 import json
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 CONTEXT_LENGTH = 77
@@ -27,10 +29,11 @@ CORPUS = (
     "a red heart, noto style. a photo of the smiling cat with blue hat. a grinning face, fluent style. "
     "an astronaut riding the horse on the moon, watercolour painting, 4k, highly detailed. "
     "the red house and the green tree in the rain; it's what they've made. "
-) * 4
+)
 
 SCHEDULERS = {
-    # The file of Stable Diffusion 1.5, key by key: it names neither spacing nor prediction.
+    # The file of Stable Diffusion 1.5, key by key: it names neither spacing nor prediction, so in diffusers another
+    # sampler comes with its own class's spacing, linspace for Euler, Heun, DPM-Solver++ and UniPC.
     "sd1": {
         "_class_name": "PNDMScheduler",
         "_diffusers_version": "0.6.0",
@@ -44,7 +47,7 @@ SCHEDULERS = {
         "trained_betas": None,
         "clip_sample": False,
     },
-    # That of Stable Diffusion 2.1.
+    # That of Stable Diffusion 2.1, with the spacing named, as diffusers writes it today.
     "sd2": {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": "0.8.0",
@@ -57,6 +60,7 @@ SCHEDULERS = {
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
         "steps_offset": 1,
+        "timestep_spacing": "leading",
         "trained_betas": None,
     },
 }
@@ -192,25 +196,29 @@ def use_old_text_encoder_keys(directory: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def clip_vocabulary(num_merges: int = 90) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A small vocabulary in CLIP's order: 256 bytes ("!" is 0), the same ending a word, the merges, two specials."""
     letters = byte_letters()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2 * len(letters) + 90,
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.train_from_iterator([CORPUS], trainer)
-    learned = json.loads(tokenizer.to_str())["model"]["merges"]
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in learned]
+    merges = learn_merges(num_merges)
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
     return vocabulary, merges
+
+
+def learn_merges(num_merges: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding of `CORPUS`, the commonest pair first; of equally common ones the greater. (The trainer of
+    `tokenizers` takes any of them, another each time.)"""
+    words = [[*word[:-1], word[-1] + "</w>"] for word in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", CORPUS.lower())]
+    merges = []
+    for _ in range(num_merges):
+        counts = Counter(pair for word in words for pair in itertools.pairwise(word))
+        pair = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(pair)
+        for word in words:
+            for i in range(len(word) - 2, -1, -1):
+                if tuple(word[i : i + 2]) == pair:
+                    word[i : i + 2] = ["".join(pair)]
+    return merges
 
 
 def byte_letters() -> list[str]:
