@@ -17,8 +17,8 @@ PROMPT ?= a red heart, noto style
 OUTPUT ?= out.png
 export PROMPT OUTPUT
 
-# PyPI's own build for Linux brings several GB of CUDA along. Where PyTorch's index can be reached, the CPU build is
-#   make peers TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# The registry's own build for Linux may bring several GB of CUDA along; another one is named by
+#   make peers TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 
 VENV := .venv

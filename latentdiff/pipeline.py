@@ -122,7 +122,9 @@ class TextToImage:
                 of each of the sampler's R rows after it.
             batch_size: how many images are made at a time; None is all.
             progress: whether a bar shows the steps.
-            callback: is told the step from 1 on and the latent (B, h, w, c) float32 after it; False ends the run there.
+            callback: is told the sampler's row, from 1 on, and the latent (b, h, w, c) float32 after it, of each part
+                of `batch_size` in turn. False ends the run there: that part is returned as it stands, later ones are not
+                made.
             output: "image" or "latent".
 
         Returns:
@@ -133,13 +135,14 @@ class TextToImage:
             ValueError: a number is out of range, a name unknown, or a shape does not fit; all before any work.
         """
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
-        total = len(prompts)
+        total = len(prompts) * num_images
         shape = self._latent_shape(height, width)
         table = self._table(sampler, num_steps, eta)
         seeds = _seeds(seed, total)
         noise = _handed_in(noise, total, shape, table)
         _check_choices(guidance_scale, guidance_rescale, guidance_interval, batch_size, output)
-        tokens, negative_tokens = self.tokenizer(prompts), self.tokenizer(negatives)
+        tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
+        negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 
         clip = self.settings.with_sampler(table.sampler).clip
         size = min(batch_size or total, total)
@@ -152,7 +155,7 @@ class TextToImage:
             run.guide(guidance_scale, guidance_rescale, guidance_interval)
             run.encode(tokens[part], negative_tokens[part])
             latent, going = run.loop(bar, callback)
-            made.append(to_numpy(latent, "float32") if output == "latent" else to_numpy(self._decode(latent), "uint8"))
+            made.append(self._finished(latent, output))
             if not going:
                 break
         return np.concatenate(made)
@@ -189,10 +192,19 @@ class TextToImage:
         sizes = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
             pixels = own * factor if pixels is None else pixels
-            if not isinstance(pixels, int) or pixels < factor or pixels % factor:
+            if not _is_whole(pixels) or pixels < factor or pixels % factor:
                 raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
-            sizes.append(pixels // factor)
+            sizes.append(int(pixels) // factor)
         return (*sizes, self.autoencoder.latent_channels)
+
+    def _finished(self, latent, output: str) -> np.ndarray:
+        latent = to_numpy(latent, "float32")
+        if not np.isfinite(latent).all():
+            raise ValueError(
+                "A latent must be finite. Received: NaN or infinity, of networks that compute in "
+                f'{self.dtype}. dtype="float32" has the widest range.'
+            )
+        return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
 
     def _image(self, latent):
         image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
@@ -247,8 +259,10 @@ class _Run:
             )  # fmt: skip
             if bar is not None:
                 bar.add(1)
-            if callback is not None and callback(i + 1, to_numpy(state[0], "float32")) is False:
-                return state[0], False
+            if callback is not None:
+                wish = callback(i + 1, to_numpy(state[0], "float32"))
+                if wish is not None and not wish:
+                    return state[0], False
         return state[0], True
 
     def fresh(self, k: int):
@@ -272,7 +286,7 @@ def make_schedule(settings: presets.SamplerSettings) -> Schedule:
 
 
 def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]:
-    if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+    if not _is_whole(num_images) or num_images < 1:
         raise ValueError(f"`num_images` must be a whole number, at least 1. Received: num_images={num_images!r}.")
     lists = []
     for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
@@ -288,14 +302,13 @@ def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]
             "`negative_prompt` must be one text, or one for each prompt. "
             f"Received: {len(negatives)} for {len(prompts)} prompts."
         )
-    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-    return [p for p in prompts for _ in range(num_images)], [n for n in negatives for _ in range(num_images)]
+    return prompts, negatives
 
 
 def _seeds(seed, total: int) -> list[int]:
     if seed is None:
         seed = secrets.randbelow(2**32)
-    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+    if _is_whole(seed):
         seeds = [int(seed) + i for i in range(total)]
     elif not isinstance(seed, list | tuple | range | np.ndarray):
         raise TypeError(f"`seed` must be one int, or one for each image. Received: seed={seed!r}.")
@@ -333,14 +346,18 @@ def _check_choices(scale, rescale, interval, batch_size, output) -> None:
         raise ValueError(f"`guidance_rescale` must lie in 0 .. 1. Received: guidance_rescale={rescale!r}.")
     if interval is not None and not _is_interval(interval):
         raise ValueError(f"`guidance_interval` must be (low, high), 0 <= low <= high. Received: {interval!r}.")
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (not _is_whole(batch_size) or batch_size < 1):
         raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
     if output not in OUTPUTS:
         raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}. Received: output={output!r}.")
 
 
+def _is_whole(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _is_number(value) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return _is_whole(value) or isinstance(value, float | np.floating)
 
 
 def _is_interval(value) -> bool:

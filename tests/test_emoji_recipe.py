@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("emoji")
-pytest.importorskip("resvg_py")
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "emoji"))
 

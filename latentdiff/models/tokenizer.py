@@ -150,13 +150,6 @@ class CLIPTokenizer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    @classmethod
-    def from_preset(cls, preset: str | os.PathLike) -> "CLIPTokenizer":
-        """The tokenizer of a pipeline's directory, or of the component's own; see `presets.load_tokenizer`."""
-        from latentdiff import presets
-
-        return presets.load_tokenizer(preset)
-
     def save(self, path: str | os.PathLike) -> None:
         """Writes a directory that diffusers and transformers open, to the same tokens.
 
