@@ -123,8 +123,7 @@ class TextToImage:
             batch_size: how many images are made at a time; None is all.
             progress: whether a bar shows the steps.
             callback: is told the sampler's row, from 1 on, and the latent (b, h, w, c) float32 after it, of each part
-                of `batch_size` in turn. False ends the run there: that part is returned as it stands, later ones are not
-                made.
+                of `batch_size` in turn. False ends the run there: that part is returned as it stands, and no later one.
             output: "image" or "latent".
 
         Returns:
