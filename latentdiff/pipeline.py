@@ -5,8 +5,10 @@ Rombach et al. 2022, sec. 3, arXiv:2112.10752.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,7 +148,7 @@ class TextToImage:
         clip = self.settings.with_sampler(table.sampler).clip
         size = min(batch_size or total, total)
         starts = range(0, total, size)
-        bar = keras.utils.Progbar(table.num_rows * len(starts), unit_name="step") if progress else None
+        bar = _Bar(table.num_rows * len(starts)) if progress else None
         made = []
         for start in starts:
             part = slice(start, start + size)
@@ -213,6 +215,18 @@ class TextToImage:
         return normal(seeds, step, like.shape)
 
 
+class _Bar:
+    """Keras' progress bar, on standard error: standard output is the program's own."""
+
+    def __init__(self, steps: int):
+        with contextlib.redirect_stdout(sys.stderr):
+            self.bar = keras.utils.Progbar(steps, unit_name="step")
+
+    def add(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self.bar.add(1)
+
+
 class _Run:
     """One batch on its way through the sampler."""
 
@@ -257,7 +271,7 @@ class _Run:
                 self.scale, self.rescale,
             )  # fmt: skip
             if bar is not None:
-                bar.add(1)
+                bar.add()
             if callback is not None:
                 wish = callback(i + 1, to_numpy(state[0], "float32"))
                 if wish is not None and not wish:

@@ -9,6 +9,7 @@ Ho and Salimans 2022, algorithm 1, arXiv:2207.12598.
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import keras
 import numpy as np
@@ -49,7 +50,7 @@ class AutoencoderTraining(keras.Model):
             latent = mean + ops.exp(0.5 * log_variance) * keras.random.normal(ops.shape(mean), seed=self.seeds)
         return self.autoencoder.decoder(latent), mean, log_variance
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(self, x: Any = None, y=None, y_pred: Any = None, sample_weight=None, training=True):
         """The mean loss of a batch; also keeps the metric `psnr`, in decibels, of images in [-1, 1]."""
         reconstruction, mean, log_variance = (ops.cast(a, "float32") for a in y_pred)
         error = reconstruction - ops.cast(x, "float32")
@@ -148,7 +149,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def save(self) -> None:
         """Writes the state as it is now."""
-        arrays = {f"{i}": np.asarray(v) for i, v in enumerate(self._variables())}
+        arrays: dict[str, Any] = {f"{i}": ops.convert_to_numpy(v) for i, v in enumerate(self._variables())}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".tmp", delete=False) as file:
             np.savez(file, **arrays)

@@ -503,7 +503,7 @@ def timestep_embedding(timestep, width: int, flip_sin_to_cos: bool = True, freq_
 class TimestepEmbedding(Block):
     """`timestep_embedding` as a layer; it stays in float32, since bfloat16 would turn 951 into 952."""
 
-    def __init__(self, width: int, flip_sin_to_cos=True, freq_shift=0, name=None, dtype="float32"):
+    def __init__(self, width: int, flip_sin_to_cos=True, freq_shift: float = 0, name=None, dtype="float32"):
         super().__init__(locals(), name=name, dtype="float32")
         if width % 2:
             raise ValueError(f"`width` must be even. Received: width={width}.")
