@@ -533,3 +533,12 @@ def test_parts_that_lack_are_all_named(pipeline):
         diffusers.read_pipeline_index(pipeline)
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         diffusers.read_pipeline_index(pipeline / "unet")
+
+
+def test_component_is_not_written_over_a_whole_pipeline(pipeline):
+    config, _ = diffusers.KINDS["text_encoder"].module.read_config(TEXT_CONFIG, "")
+    arrays = random_arrays("text_encoder", config)
+    before = sorted(pipeline.rglob("*"))
+    with pytest.raises(FileExistsError, match="whole pipeline's, with `text_encoder`"):
+        diffusers.write_component(pipeline, "text_encoder", config, arrays, overwrite=True)
+    assert sorted(pipeline.rglob("*")) == before

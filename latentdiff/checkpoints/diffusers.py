@@ -181,7 +181,7 @@ def write_component(
         overwrite: Whether an existing component's directory may be replaced.
 
     Raises:
-        FileExistsError: If the directory has files and `overwrite` is false.
+        FileExistsError: If the directory has files and `overwrite` is false, or is a whole pipeline's.
         ValueError: If diffusers cannot express `config`, or `arrays` are not the component's.
         CheckpointError: If an array holds NaN, infinity, or a number too large for `dtype`.
     """
@@ -195,6 +195,10 @@ def write_component(
     _check_arrays(entries, arrays)
     target = as_dtype(dtype)
     assert target is not None
+    if (Path(directory) / "model_index.json").is_file():
+        raise FileExistsError(
+            f"A component has a directory of its own. `{directory}` is a whole pipeline's, with `{KINDS[kind].folder}`."
+        )
     with replaced_directory(directory, overwrite) as fresh:
         write_json(fresh / "config.json", fields)
         write_file(

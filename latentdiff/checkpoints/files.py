@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a sharded model is a hundredth of this
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 MODEL_FILES = ("model_index.json", "config.json", "scheduler_config.json")
+COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 class CheckpointError(ValueError):
@@ -74,8 +76,9 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside `target` to write into, which takes its place when the block ends well.
 
-    When the block raises, the new directory is removed and `target` is as it was. What an overwritten model directory
-    holds beside its model (a README, a licence) moves into the new one.
+    When the block raises, the new directory is removed and `target` is as it was. Of an overwritten model directory
+    only that goes which the new one has too: entries of the same names, folders whole, and weights of the same stems,
+    for example older shards. Everything else, a README, pictures, a `.git`, moves into the new one.
 
     Args:
         target: The directory that is to exist afterwards.
@@ -101,6 +104,8 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
         fresh.rename(target)
         _sync_directory(target.parent)
         return
+    written = set(os.listdir(fresh))
+    stems = [_weights_of_stem(name.removesuffix(".safetensors")) for name in written if name.endswith(".safetensors")]
     former = target.with_name(f".{target.name}.{mark}.old")
     target.rename(former)
     try:
@@ -109,7 +114,7 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
         former.rename(target)
         raise
     for entry in former.iterdir():
-        if _stands_beside_a_model(entry) and not (target / entry.name).exists():
+        if entry.name not in written and not any(pattern.fullmatch(entry.name) for pattern in stems):
             entry.rename(target / entry.name)
     _sync_directory(target.parent)
     shutil.rmtree(former)
@@ -126,10 +131,18 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"`{target}` exists and is not empty. Remove it, or save with overwrite=True.")
     if not any((target / name).is_file() for name in MODEL_FILES):
         raise FileExistsError(f"Only a model directory is overwritten. `{target}` holds files, but no model.")
+    # Without a model's index these may be anybody's: a project's own folder `unet` of source code, for one.
+    folders = [name for name in COMPONENT_FOLDERS if (target / name).exists()]
+    if folders and not (target / "model_index.json").is_file():
+        raise FileExistsError(
+            f"Only a model directory is overwritten. `{target}` has {', '.join(folders)}, but no `model_index.json`."
+        )
 
 
-def _stands_beside_a_model(entry: Path) -> bool:
-    return entry.is_file() and not entry.name.endswith(WEIGHT_SUFFIXES) and entry.suffix != ".json"
+def _weights_of_stem(stem: str) -> re.Pattern[str]:
+    """Names of a stem's weights of any variant, shard and format, and of their indices."""
+    suffixes = "|".join(re.escape(suffix) for suffix in WEIGHT_SUFFIXES)
+    return re.compile(rf"{re.escape(stem)}([.-][A-Za-z0-9_-]+)?({suffixes})(\.index(\.\w+)?\.json)?")
 
 
 def _sync_directory(path: Path) -> None:
