@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from latentdiff.checkpoints import safetensors_files
-from latentdiff.checkpoints.files import CheckpointError, parse_json, replaced_directory
+from latentdiff.checkpoints.files import CheckpointError, check_replaceable, parse_json, replaced_directory
 from latentdiff.checkpoints.safetensors_files import find_weights, open_file, open_index, write_file
 
 
@@ -289,10 +289,19 @@ def test_failed_overwriting_leaves_the_old_model(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_directory_with_files_is_not_replaced_unless_it_is_a_model(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    for overwrite, message in ((False, "not empty"), (True, "no model")):
-        with pytest.raises(FileExistsError, match=message), replaced_directory(tmp_path, overwrite):
-            pass
-    with pytest.raises(FileExistsError, match="is a file"), replaced_directory(tmp_path / "thesis.txt"):
+def test_directory_with_files_takes_a_model_only_when_that_is_asked_for(tmp_path):
+    write_files(tmp_path, "LICENSES.md")
+    with pytest.raises(FileExistsError, match="not empty"), replaced_directory(tmp_path):
         pass
+    with pytest.raises(FileExistsError, match="is a file"), replaced_directory(tmp_path / "LICENSES.md"):
+        pass
+    with replaced_directory(tmp_path, overwrite=True) as fresh:
+        write_files(fresh, "model_index.json", text="new")
+    assert files_of(tmp_path) == {"LICENSES.md": "old", "model_index.json": "new"}
+
+
+def test_weights_without_a_configuration_are_not_replaced(tmp_path):
+    write_files(tmp_path, "thesis.ckpt")
+    with pytest.raises(FileExistsError, match="thesis.ckpt, but no configuration"):
+        check_replaceable(tmp_path, overwrite=True)
+    assert set(files_of(tmp_path)) == {"thesis.ckpt"}

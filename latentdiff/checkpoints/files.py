@@ -85,10 +85,10 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
         overwrite: Whether an existing model directory may be replaced.
 
     Raises:
-        FileExistsError: If `target` holds files and `overwrite` is false, or holds no model.
+        FileExistsError: As `check_replaceable`.
     """
     target = Path(target).resolve()
-    _check_replaceable(target, overwrite)
+    check_replaceable(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     fresh = target.with_name(f".{target.name}.{mark}.new")
@@ -120,7 +120,18 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
     shutil.rmtree(former)
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_replaceable(target: str | os.PathLike, overwrite: bool = False) -> None:
+    """Checks that a model may be written to `target`, as a long computation wants to know before it begins.
+
+    Args:
+        target: The directory that is to exist afterwards.
+        overwrite: Whether an existing model may be replaced, and other files may stand beside the new one.
+
+    Raises:
+        FileExistsError: If `target` is a file; if it holds files and `overwrite` is false; or if it holds weights or a
+            component's folder that belong to no model.
+    """
+    target = Path(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -129,8 +140,11 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"`{target}` exists and is not empty. Remove it, or save with overwrite=True.")
-    if not any((target / name).is_file() for name in MODEL_FILES):
-        raise FileExistsError(f"Only a model directory is overwritten. `{target}` holds files, but no model.")
+    weights = sorted(path.name for path in target.iterdir() if path.name.endswith(WEIGHT_SUFFIXES))
+    if weights and not any((target / name).is_file() for name in MODEL_FILES):
+        raise FileExistsError(
+            f"Only a model directory is overwritten. `{target}` holds {', '.join(weights):.200}, but no configuration."
+        )
     # Without a model's index these may be anybody's: a project's own folder `unet` of source code, for one.
     folders = [name for name in COMPONENT_FOLDERS if (target / name).exists()]
     if folders and not (target / "model_index.json").is_file():
