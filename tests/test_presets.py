@@ -150,10 +150,11 @@ def test_preset_that_is_no_path_is_told():
         ld.TextToImage.from_preset(7)
 
 
-def test_pickle_is_never_opened(tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match="pickle"):
-        ld.TextToImage.from_preset(tmp_path / "model.ckpt")
+@pytest.mark.parametrize("name", ["model.ckpt", "model.BIN", "model.pickle"])
+def test_pickle_is_never_opened(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"pickle.*never opened.*{name}.*save_pretrained"):
+        ld.TextToImage.from_preset(tmp_path / name)
 
 
 def test_existing_directory_is_kept(tiny_pipe, copied):

@@ -119,12 +119,12 @@ class Bomb:
         return (pytest.fail, ("a pickle was opened",))
 
 
-@pytest.mark.parametrize("name", ["m.bin", "model.ckpt", "m.pt", "m.pth"])
-def test_pickle_is_never_opened_and_the_conversion_is_named(tmp_path, name):
+@pytest.mark.parametrize("name", ["m.bin", "model.ckpt", "m.pt", "m.pth", "m.pickle"])
+def test_pickle_is_never_opened_and_what_to_do_is_said(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match=f"{name}.*latentdiff convert"):
+    with pytest.raises(CheckpointError, match=f"{name}.*save_pretrained"):
         find_weights(tmp_path, "m")
-    with pytest.raises(CheckpointError, match=f"{name}.*latentdiff convert"):
+    with pytest.raises(CheckpointError, match=f"{name}.*save_pretrained"):
         open_file(tmp_path / name)
 
 

@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import Any
 
 JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a sharded model is a hundredth of this
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
+# Formats that hold Python pickles: reading one can run whatever program its author put there.
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".msgpack", ".h5", ".onnx")
 MODEL_FILES = ("model_index.json", "config.json", "scheduler_config.json")
 COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 class CheckpointError(ValueError):
     """A model directory whose content cannot be used; the message names the file and what is wrong."""
+
+
+def pickle_message(received: str) -> str:
+    """What is said of pickled weights, wherever they turn up."""
+    return (
+        f"Weights must be safetensors; a pickle can run any program and is never opened. Received: {received}. "
+        "diffusers writes safetensors: `pipe.save_pretrained(directory, safe_serialization=True)`."
+    )
 
 
 def parse_json(text: bytes, source: str) -> dict[str, Any]:
