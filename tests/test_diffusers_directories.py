@@ -518,6 +518,9 @@ def test_safety_checker_is_named_as_ignored(pipeline):
         ({"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
         ({"unet": [None, None]}, "lacks: unet"),
         ({"unet": ["my_module", []]}, "my_module"),
+        ({"unet": []}, r"`unet` must be \[library, class\]. Received: \[\]"),
+        ({"scheduler": ["diffusers"]}, "`scheduler` must be"),
+        ({"tokenizer": [None, "CLIPTokenizer"]}, "`tokenizer` must be"),
     ],
 )
 def test_other_pipelines_are_refused_by_name(pipeline, changes, message):

@@ -223,6 +223,9 @@ def read_pipeline_index(directory: str | os.PathLike) -> PipelineIndex:
     if name not in PIPELINES:
         raise CheckpointError(f"`{path}` must be of {' or '.join(PIPELINES)}. Received: {name!r:.80}")
     parts = {part: value for part, value in values.items() if isinstance(value, list) and value != [None, None]}
+    for part, value in parts.items():
+        if len(value) != 2 or not all(isinstance(word, str) for word in value):
+            raise CheckpointError(f"`{path}`: `{part}` must be [library, class]. Received: {value!r:.200}")
     expected = {kind.folder: kind.class_names for kind in KINDS.values()}
     for part, classes in expected.items():
         if part in parts and parts[part][-1] not in classes:
