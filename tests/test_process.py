@@ -67,6 +67,15 @@ def test_time_may_be_a_scalar_a_vector_or_a_tensor():
         np.testing.assert_array_equal(array(process.q_sample(x0, t, eps)), expected)
 
 
+def test_time_may_be_a_list():
+    process = GaussianDiffusion(linear_schedule())
+    x0, x_t = draw((2, 5)), draw((2, 5), 1)
+    for ours, expected in zip(
+        process.q_posterior(x0, x_t, [3, 700]), process.q_posterior(x0, x_t, np.array([3, 700])), strict=True
+    ):
+        np.testing.assert_array_equal(array(ours), array(expected))
+
+
 def test_half_precision_data_is_computed_in_float32():
     process = GaussianDiffusion(linear_schedule())
     x0, eps = ops.cast(draw((2, 9)), "bfloat16"), ops.cast(draw((2, 9), 1), "bfloat16")

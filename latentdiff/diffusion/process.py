@@ -71,7 +71,8 @@ class GaussianDiffusion:
         """
         x0, x_t = as_float32(x0), as_float32(x_t)
         self._check_times(t, 1)
-        s = t - 1 if s is None else s
+        if s is None:
+            s = (np.asarray(t) if _is_concrete(t) else t) - 1
         self._check_times(s, 0)
         if _is_concrete(t) and _is_concrete(s) and not np.all(np.asarray(s) < np.asarray(t)):
             raise ValueError(f"`s` must be before `t`. Received: s={s}, t={t}.")
