@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -23,6 +22,7 @@ from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 
+DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 SAMPLE_SIZE = 64  # latents of models whose directory does not say: Stable Diffusion's
 
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {
@@ -55,12 +55,13 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
 
     Args:
         preset: a name in `weights/`, or a pipeline's directory.
-        dtype: what the networks hold and compute in, a Keras dtype policy; None chooses by the device.
+        dtype: what the networks hold and compute in, one of `DTYPES`; None chooses by the device.
 
     Raises:
-        ValueError: the name is unknown, or the directory's files are malformed or ask for what cannot be done here.
+        ValueError: the name or the dtype is unknown, or the directory's files are malformed or ask for what cannot be done here.
         FileNotFoundError: the directory lacks a file.
     """
+    dtype = _dtype(dtype)
     directory = resolve_preset(preset)
     diffusers.read_pipeline_index(directory)
     settings = diffusers_scheduler.read_scheduler(directory)
@@ -79,7 +80,6 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
         tokenizer = CLIPTokenizer.from_directory(directory, context_length=text_encoder["context_length"])
     size = components["unet"].details.get("sample_size") or SAMPLE_SIZE
     height, width = (size, size) if isinstance(size, int) else size
-    dtype = dtype or default_dtype()
     networks = {kind: _network(component, dtype) for kind, component in components.items()}
     return Parts(tokenizer, settings=settings, sample_size=(height, width), **networks)  # pyright: ignore[reportArgumentType]
 
@@ -158,8 +158,18 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
 
 
 def _load(kind: str, preset: str | os.PathLike, dtype: str | None, **changes: Any) -> keras.Model:
-    component = diffusers.read_component(Path(resolve_preset(preset)), kind)
-    return _network(component, dtype or default_dtype(), **changes)
+    dtype = _dtype(dtype)
+    component = diffusers.read_component(resolve_preset(preset), kind)
+    return _network(component, dtype, **changes)
+
+
+def _dtype(dtype: str | None) -> str:
+    """The policy that is asked for, or the device's."""
+    if dtype is None:
+        return default_dtype()
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}. Received: dtype={dtype!r}.")
+    return dtype
 
 
 def _network(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:

@@ -96,6 +96,13 @@ def test_weights_are_held_in_the_dtype_that_was_asked_for(tiny_directory, tiny_p
     assert 1e-5 < relative_error(context, tiny_pipe.text_encoder(tokens)) < 0.1
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float64", "int8", "flaot32", ""])
+def test_unknown_dtype_is_told_before_a_file_is_opened(dtype):
+    for load in (presets.load_pipeline, presets.load_text_encoder):
+        with pytest.raises(ValueError, match=f"`dtype` must be one of float32, .* Received: dtype='{dtype}'"):
+            load("no such directory", dtype=dtype)
+
+
 @pytest.mark.parametrize(
     "file",
     [
