@@ -67,7 +67,8 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
     settings = diffusers_scheduler.read_scheduler(directory)
     tokenizer = CLIPTokenizer.from_directory(directory)
     # All files are opened and checked before the first network is built.
-    components = {kind: diffusers.read_component(directory, kind) for kind in _NETWORKS}
+    held = _held_dtype(dtype)
+    components = {kind: diffusers.read_component(directory, kind, dtype=held) for kind in _NETWORKS}
     unet, autoencoder, text_encoder = (components[kind].config for kind in ("unet", "autoencoder", "text_encoder"))
     _check_fit("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"])
     _check_fit("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"])
@@ -159,7 +160,7 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
 
 def _load(kind: str, preset: str | os.PathLike, dtype: str | None, **changes: Any) -> keras.Model:
     dtype = _dtype(dtype)
-    component = diffusers.read_component(resolve_preset(preset), kind)
+    component = diffusers.read_component(resolve_preset(preset), kind, dtype=_held_dtype(dtype))
     return _network(component, dtype, **changes)
 
 
@@ -170,6 +171,11 @@ def _dtype(dtype: str | None) -> str:
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}. Received: dtype={dtype!r}.")
     return dtype
+
+
+def _held_dtype(dtype: str) -> str:
+    """What a policy's variables are held in; weights are read as that, and checked to fit it."""
+    return keras.DTypePolicy(dtype).variable_dtype
 
 
 def _network(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:

@@ -145,6 +145,16 @@ def test_weights_that_are_not_numbers_are_told(copied, tiny_pipe):
         ld.CLIPTextEncoder.from_preset(copied)
 
 
+def test_weights_too_large_for_the_dtype_are_told(copied):
+    path = copied / "text_encoder" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    (name,) = [name for name in tensors if name.endswith("final_layer_norm.bias")]
+    safetensors.numpy.save_file({**tensors, name: np.full(8, 1e6, "float32")}, path)
+    with pytest.raises(ValueError, match=f"Weights must fit float16. Received: 1e.06 in `{name}`"):
+        ld.CLIPTextEncoder.from_preset(copied, dtype="float16")
+    assert weights(ld.CLIPTextEncoder.from_preset(copied, dtype="mixed_float16"))["final_norm/beta"].max() == 1e6
+
+
 def test_unknown_name_is_told_with_the_near_ones(tmp_path, monkeypatch):
     (tmp_path / "emoji").mkdir()
     monkeypatch.setattr(catalogue, "weights_directory", lambda: tmp_path)
