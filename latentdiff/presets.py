@@ -72,6 +72,8 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
     unet, autoencoder, text_encoder = (components[kind].config for kind in ("unet", "autoencoder", "text_encoder"))
     _check_fit("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"])
     _check_fit("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"])
+    _check_fit("The UNet's output", unet["out_channels"], "its latent", unet["in_channels"])
+    _check_fit("The autoencoder's image", autoencoder["image_channels"], "an RGB image", 3)
     if tokenizer.vocabulary_size > text_encoder["vocabulary_size"]:
         raise ValueError(
             "The text encoder must know every token. Received: "

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny_models import AUTOENCODER, LATENT, PICTURE, numbers, relative_error, to_numpy
+from tiny_models import LATENT, PICTURE, numbers, relative_error, to_numpy
 
 import latentdiff as ld
 from latentdiff import catalogue, presets
@@ -125,12 +125,19 @@ def test_missing_file_is_told_before_a_network_is_built(file, copied, no_network
     assert Path(file).name.partition(".")[0] in str(error.value) or Path(file).parent.name in str(error.value)
 
 
-def test_networks_that_do_not_fit_are_told_before_one_is_built(copied, no_networks):
-    config = {**presets.Autoencoder(**AUTOENCODER, latent_channels=2).config}
-    arrays = {entry.path: np.zeros(entry.shape, "float32") for entry in diffusers.key_map("autoencoder", config)}
-    shutil.rmtree(copied / "vae")
-    diffusers.write_component(copied / "vae", "autoencoder", config, arrays, dtype="float32")
-    with pytest.raises(ValueError, match="The UNet's latent must have as many channels as the autoencoder's"):
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("autoencoder", {"latent_channels": 2}, "The UNet's latent must have as many channels as the autoencoder's"),
+        ("autoencoder", {"image_channels": 1}, "The autoencoder's image .* an RGB image. Received: 1, 3."),
+        ("unet", {"out_channels": 8}, "The UNet's output must have as many channels as its latent. Received: 8, 4."),
+    ],
+)
+def test_networks_that_do_not_fit_are_told_before_one_is_built(kind, changes, message, copied, no_networks, tiny_pipe):
+    config = {**getattr(tiny_pipe, kind).config, **changes}
+    arrays = {entry.path: np.zeros(entry.shape, "float32") for entry in diffusers.key_map(kind, config)}
+    diffusers.write_component(copied / FOLDERS[kind], kind, config, arrays, overwrite=True)
+    with pytest.raises(ValueError, match=message):
         ld.TextToImage.from_preset(copied)
 
 
