@@ -15,7 +15,15 @@ from latentdiff.backend import default_dtype
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_scheduler
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
-from latentdiff.checkpoints.files import replaced_directory
+from latentdiff.checkpoints.files import CheckpointError, replaced_directory
+from latentdiff.diffusion.schedule import (
+    Schedule,
+    cosine_schedule,
+    linear_schedule,
+    scaled_linear_schedule,
+    schedule_from_betas,
+    with_zero_terminal_snr,
+)
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.layers import blank_weights
 from latentdiff.models.text_encoder import CLIPTextEncoder
@@ -65,6 +73,11 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
     directory = resolve_preset(preset)
     diffusers.read_pipeline_index(directory)
     settings = diffusers_scheduler.read_scheduler(directory)
+    try:
+        make_schedule(settings)
+    except ValueError as error:
+        path = diffusers_scheduler.find_scheduler(directory)
+        raise CheckpointError(f"`{path}` must describe a schedule. {error}") from error
     tokenizer = CLIPTokenizer.from_directory(directory)
     # All files are opened and checked before the first network is built.
     held = _held_dtype(dtype)
@@ -149,6 +162,23 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
         parts.tokenizer.save(fresh / "tokenizer")
         diffusers_scheduler.write_scheduler(fresh / "scheduler", parts.settings, diffusers.VERSION)
         diffusers.write_pipeline_index(fresh, diffusers_scheduler.SAMPLER_CLASSES[parts.settings.sampler])
+
+
+def make_schedule(settings: SamplerSettings) -> Schedule:
+    """The schedule that a directory's settings stand for.
+
+    Raises:
+        ValueError: a beta is out of range, or there are too few of them.
+    """
+    T = settings.num_timesteps
+    if settings.schedule == "betas":
+        schedule = schedule_from_betas(settings.betas or ())
+    elif settings.schedule == "cosine":
+        schedule = cosine_schedule(T)
+    else:
+        make = linear_schedule if settings.schedule == "linear" else scaled_linear_schedule
+        schedule = make(T, settings.beta_start, settings.beta_end)
+    return with_zero_terminal_snr(schedule) if settings.zero_terminal_snr else schedule
 
 
 def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:

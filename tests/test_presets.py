@@ -1,5 +1,6 @@
 """Directories -> parts, and back."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny_models import LATENT, PICTURE, numbers, relative_error, to_numpy
 import latentdiff as ld
 from latentdiff import catalogue, presets
 from latentdiff.checkpoints import diffusers
+from latentdiff.checkpoints.files import CheckpointError
 
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
 CLASSES = {"unet": "UNet", "autoencoder": "Autoencoder", "text_encoder": "CLIPTextEncoder"}
@@ -138,6 +140,18 @@ def test_networks_that_do_not_fit_are_told_before_one_is_built(kind, changes, me
     arrays = {entry.path: np.zeros(entry.shape, "float32") for entry in diffusers.key_map(kind, config)}
     diffusers.write_component(copied / FOLDERS[kind], kind, config, arrays, overwrite=True)
     with pytest.raises(ValueError, match=message):
+        ld.TextToImage.from_preset(copied)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"beta_start": 0.0}, {"beta_end": 0.0}, {"num_train_timesteps": 1, "rescale_betas_zero_snr": True}],
+)
+def test_schedule_that_cannot_be_is_told_with_its_file_before_a_weight_is_read(fields, copied, monkeypatch):
+    path = copied / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    monkeypatch.setattr(diffusers, "read_component", lambda *a, **k: pytest.fail("weights were opened"))
+    with pytest.raises(CheckpointError, match="scheduler_config.json` must describe a schedule. .*Received"):
         ld.TextToImage.from_preset(copied)
 
 
