@@ -58,18 +58,21 @@ class TextToImage:
         self._steps: dict[tuple[bool, float | None], Compiled] = {}
 
     @classmethod
-    def from_preset(cls, preset: str | os.PathLike, dtype: str | None = None) -> TextToImage:
+    def from_preset(
+        cls, preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None
+    ) -> TextToImage:
         """The pipeline of a model directory.
 
         Args:
             preset: a name in `weights/`, such as "emoji", or a diffusers directory of Stable Diffusion 1.x or 2.x.
             dtype: what the networks hold and compute in: "float32", "bfloat16", "float16"; None chooses by the device.
+            variant: of the weights' files, for example "fp16"; None takes the plain ones, or the only variant there is.
 
         Raises:
             ValueError: the name is unknown, or the files are malformed or ask for what cannot be done here.
             FileNotFoundError: the directory lacks a file.
         """
-        return cls(presets.load_pipeline(preset, dtype))
+        return cls(presets.load_pipeline(preset, dtype, variant=variant))
 
     def save_to_preset(self, directory: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
         """Writes a diffusers directory, whole or not at all; see `presets.save_pipeline`."""

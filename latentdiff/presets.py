@@ -58,12 +58,14 @@ class Parts:
     sample_size: tuple[int, int]
 
 
-def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
+def load_pipeline(preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None) -> Parts:
     """The parts of a model directory.
 
     Args:
         preset: a name in `weights/`, or a pipeline's directory.
         dtype: what the networks hold and compute in, one of `DTYPES`; None chooses by the device.
+        variant: of the weights' files, for example "fp16", which every network must have; None takes the plain files,
+            or the only variant that there is.
 
     Raises:
         ValueError: the name or the dtype is unknown, or the directory's files are malformed or ask for what cannot be done here.
@@ -81,7 +83,9 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
     tokenizer = CLIPTokenizer.from_directory(directory)
     # All files are opened and checked before the first network is built.
     held = _held_dtype(dtype)
-    components = {kind: diffusers.read_component(directory, kind, dtype=held) for kind in _NETWORKS}
+    components = {
+        kind: diffusers.read_component(directory, kind, dtype=held, variant=variant) for kind in _NETWORKS
+    }
     unet, autoencoder, text_encoder = (components[kind].config for kind in ("unet", "autoencoder", "text_encoder"))
     _check_fit("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"])
     _check_fit("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"])
@@ -100,28 +104,34 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
     return Parts(tokenizer, settings=settings, sample_size=(height, width), **networks)  # pyright: ignore[reportArgumentType]
 
 
-def load_unet(preset: str | os.PathLike, dtype: str | None = None) -> UNet:
+def load_unet(preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None) -> UNet:
     """The UNet of a pipeline's directory, or of its own. Raises as `load_pipeline`."""
-    return _load("unet", preset, dtype)  # pyright: ignore[reportReturnType]
+    return _load("unet", preset, dtype, variant)  # pyright: ignore[reportReturnType]
 
 
 def load_autoencoder(
-    preset: str | os.PathLike, norm_epsilon: float | None = None, dtype: str | None = None
+    preset: str | os.PathLike,
+    norm_epsilon: float | None = None,
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
 ) -> Autoencoder:
     """The autoencoder of a pipeline's directory, or of its own. Raises as `load_pipeline`.
 
     Args:
         preset: a name in `weights/`, or a directory.
         norm_epsilon: another epsilon of its norms than the 1e-6 of diffusers' files; the documents' code has 1e-5.
-        dtype: as for `load_pipeline`.
+        dtype, variant: as for `load_pipeline`.
     """
     changes = {} if norm_epsilon is None else {"norm_epsilon": norm_epsilon}
-    return _load("autoencoder", preset, dtype, **changes)  # pyright: ignore[reportReturnType]
+    return _load("autoencoder", preset, dtype, variant, **changes)  # pyright: ignore[reportReturnType]
 
 
-def load_text_encoder(preset: str | os.PathLike, dtype: str | None = None) -> CLIPTextEncoder:
+def load_text_encoder(
+    preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None
+) -> CLIPTextEncoder:
     """The text encoder of a pipeline's directory, or of its own. Raises as `load_pipeline`."""
-    return _load("text_encoder", preset, dtype)  # pyright: ignore[reportReturnType]
+    return _load("text_encoder", preset, dtype, variant)  # pyright: ignore[reportReturnType]
 
 
 def load_tokenizer(preset: str | os.PathLike) -> CLIPTokenizer:
@@ -190,9 +200,11 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
         yield from ((variable.path, variable) for variable in network.variables)
 
 
-def _load(kind: str, preset: str | os.PathLike, dtype: str | None, **changes: Any) -> keras.Model:
+def _load(
+    kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, **changes: Any
+) -> keras.Model:
     dtype = _dtype(dtype)
-    component = diffusers.read_component(resolve_preset(preset), kind, dtype=_held_dtype(dtype))
+    component = diffusers.read_component(resolve_preset(preset), kind, dtype=_held_dtype(dtype), variant=variant)
     return _network(component, dtype, **changes)
 
 

@@ -105,6 +105,31 @@ def test_unknown_dtype_is_told_before_a_file_is_opened(dtype):
             load("no such directory", dtype=dtype)
 
 
+def rename_weights(directory, *variants):
+    """Leaves each component's weights under the names of variants alone."""
+    for path in directory.rglob("*.safetensors"):
+        for variant in variants:
+            shutil.copy(path, path.with_name(f"{path.stem}.{variant}.safetensors"))
+        path.unlink()
+
+
+def test_one_of_several_variants_is_opened_when_it_is_asked_for(copied, tiny_pipe, monkeypatch):
+    rename_weights(copied, "fp16", "non_ema")
+    with pytest.raises(ValueError, match="ask for one with `variant`: fp16, non_ema"):
+        ld.CLIPTextEncoder.from_preset(copied)
+    network = ld.CLIPTextEncoder.from_preset(copied, dtype="float32", variant="fp16")
+    assert all((weights(network)[path] == array).all() for path, array in weights(tiny_pipe.text_encoder).items())
+
+    asked = []
+    monkeypatch.setattr(presets, "_network", lambda component, *_, **__: asked.append(component.kind))
+    ld.UNet.from_preset(copied, variant="fp16")
+    ld.Autoencoder.from_preset(copied, variant="fp16")
+    presets.load_pipeline(copied, variant="non_ema")
+    assert asked == ["unet", "autoencoder", *FOLDERS]
+    with pytest.raises(FileNotFoundError, match="model.fp32.safetensors"):
+        ld.TextToImage.from_preset(copied, variant="fp32")
+
+
 @pytest.mark.parametrize(
     "file",
     [

@@ -161,8 +161,15 @@ class Autoencoder(keras.Model):
         return cls(**config)
 
     @classmethod
-    def from_preset(cls, preset: str, norm_epsilon: float | None = None, dtype: str | None = None) -> "Autoencoder":
+    def from_preset(
+        cls,
+        preset: str,
+        norm_epsilon: float | None = None,
+        dtype: str | None = None,
+        *,
+        variant: str | None = None,
+    ) -> "Autoencoder":
         """The autoencoder of a pipeline's directory, or of the component's own; see `presets.load_autoencoder`."""
         from latentdiff import presets
 
-        return presets.load_autoencoder(preset, norm_epsilon=norm_epsilon, dtype=dtype)
+        return presets.load_autoencoder(preset, norm_epsilon=norm_epsilon, dtype=dtype, variant=variant)

@@ -79,8 +79,8 @@ class CLIPTextEncoder(keras.Model):
         return cls(**config)
 
     @classmethod
-    def from_preset(cls, preset: str, dtype: str | None = None) -> "CLIPTextEncoder":
+    def from_preset(cls, preset: str, dtype: str | None = None, *, variant: str | None = None) -> "CLIPTextEncoder":
         """The text encoder of a pipeline's directory, or of the component's own; see `presets.load_text_encoder`."""
         from latentdiff import presets
 
-        return presets.load_text_encoder(preset, dtype=dtype)
+        return presets.load_text_encoder(preset, dtype=dtype, variant=variant)
