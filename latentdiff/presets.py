@@ -161,9 +161,11 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
             "pad_token_id": parts.tokenizer.pad_id,
         },
     }
+    networks = {kind: getattr(parts, kind) for kind in _NETWORKS}
+    for kind, network in networks.items():  # all of them before the first gigabyte is written
+        diffusers.config_fields(kind, network.config, dtype, details[kind])
     with replaced_directory(directory, overwrite) as fresh:
-        for kind in _NETWORKS:
-            network = getattr(parts, kind)
+        for kind, network in networks.items():
             arrays = {
                 path: np.asarray(ops.convert_to_numpy(ops.convert_to_tensor(v))) for path, v in named_variables(network)
             }

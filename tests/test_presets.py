@@ -1,8 +1,10 @@
 """Directories -> parts, and back."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -249,4 +251,12 @@ def test_directory_in_half_precision_is_half_as_large(tiny_pipe, tiny_directory,
 def test_nothing_is_left_of_a_directory_that_could_not_be_written(tiny_pipe, tmp_path):
     with pytest.raises(ValueError, match="`dtype` must be one of"):
         tiny_pipe.save_to_preset(tmp_path / "model", dtype="float8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_told_before_a_file_is(tiny_pipe, tmp_path, monkeypatch):
+    autoencoder = SimpleNamespace(config={**tiny_pipe.autoencoder.config, "norm_epsilon": 1e-5}, factor=2)
+    monkeypatch.setattr(diffusers, "write_component", lambda *a, **k: pytest.fail("a file was written"))
+    with pytest.raises(ValueError, match="norm_epsilon"):
+        presets.save_pipeline(dataclasses.replace(tiny_pipe.parts, autoencoder=autoencoder), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

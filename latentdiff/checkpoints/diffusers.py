@@ -159,6 +159,23 @@ def key_map(kind: str, config: Mapping[str, Any]) -> list[Entry]:
     return KINDS[kind].module.key_map(config)
 
 
+def config_fields(
+    kind: str, config: Mapping[str, Any], dtype: str = "float32", details: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `config.json` says of a component; the arguments are those of `write_component`.
+
+    Raises:
+        ValueError: If diffusers cannot express `config`, or its files have no such dtype.
+    """
+    _check_kind(kind)
+    if dtype not in _DTYPE_CODES:
+        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPE_CODES)}. Received: dtype={dtype!r}")
+    fields = KINDS[kind].module.write_config(config, details or {})
+    if KINDS[kind].library == "diffusers":
+        fields["_diffusers_version"] = VERSION
+    return fields
+
+
 def write_component(
     directory: str | os.PathLike,
     kind: str,
@@ -185,12 +202,7 @@ def write_component(
         ValueError: If diffusers cannot express `config`, or `arrays` are not the component's.
         CheckpointError: If an array holds NaN, infinity, or a number too large for `dtype`.
     """
-    _check_kind(kind)
-    if dtype not in _DTYPE_CODES:
-        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPE_CODES)}. Received: dtype={dtype!r}")
-    fields = KINDS[kind].module.write_config(config, details or {})
-    if KINDS[kind].library == "diffusers":
-        fields["_diffusers_version"] = VERSION
+    fields = config_fields(kind, config, dtype, details)
     entries = sorted(key_map(kind, config), key=lambda entry: entry.keys[0])
     _check_arrays(entries, arrays)
     target = as_dtype(dtype)
