@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
+_PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
 SAMPLE_SIZE = 64  # latents of models whose directory does not say: Stable Diffusion's
 
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {
@@ -145,7 +147,8 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
     Args:
         parts: what is written.
         directory: the pipeline's directory.
-        dtype: of the files: "float32", "float16" or "bfloat16".
+        dtype: of the files: "float32", "float16" or "bfloat16". Files are as exact as the weights are held: those of
+            `load_pipeline` in bfloat16 are rounded, and a warning says so where the files are wider.
         overwrite: whether an existing model directory may be replaced.
 
     Raises:
@@ -164,6 +167,14 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
     networks = {kind: getattr(parts, kind) for kind in _NETWORKS}
     for kind, network in networks.items():  # all of them before the first gigabyte is written
         diffusers.config_fields(kind, network.config, dtype, details[kind])
+    held = {keras.backend.standardize_dtype(v.dtype) for net in networks.values() for _, v in named_variables(net)}
+    narrower = sorted(held & {name for name, bits in _PRECISION.items() if bits < _PRECISION[dtype]})
+    if narrower:
+        warnings.warn(
+            f"{dtype} files will hold weights that were rounded to {', '.join(narrower)}. "
+            'To keep them whole, open the model with dtype="float32" before it is saved.',
+            stacklevel=3,  # the caller of `save_to_preset`
+        )
     with replaced_directory(directory, overwrite) as fresh:
         for kind, network in networks.items():
             arrays = {

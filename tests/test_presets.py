@@ -248,6 +248,15 @@ def test_directory_in_half_precision_is_half_as_large(tiny_pipe, tiny_directory,
         np.testing.assert_array_equal(weights(network)[path], array.astype("float16"))
 
 
+def test_files_wider_than_the_weights_are_warned_of(tiny_directory, tiny_pipe, tmp_path):
+    rounded = ld.CLIPTextEncoder.from_preset(tiny_directory, dtype="bfloat16")
+    parts = dataclasses.replace(tiny_pipe.parts, text_encoder=rounded)
+    for dtype in ("float32", "float16"):
+        with pytest.warns(UserWarning, match=f'{dtype} files .* rounded to bfloat16. .* dtype="float32"'):
+            presets.save_pipeline(parts, tmp_path / dtype, dtype=dtype)
+    presets.save_pipeline(parts, tmp_path / "bfloat16", dtype="bfloat16")  # warnings are errors
+
+
 def test_nothing_is_left_of_a_directory_that_could_not_be_written(tiny_pipe, tmp_path):
     with pytest.raises(ValueError, match="`dtype` must be one of"):
         tiny_pipe.save_to_preset(tmp_path / "model", dtype="float8")
