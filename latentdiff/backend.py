@@ -93,6 +93,8 @@ def default_dtype() -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def to_numpy(array: Any, dtype: str) -> np.ndarray:
-    """A tensor as a NumPy array of another dtype."""
-    return np.asarray(ops.convert_to_numpy(ops.cast(array, dtype)))
+def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
+    """A tensor or a variable as a NumPy array, in its own dtype or another."""
+    # A variable goes by way of a tensor: NumPy 2 warns of what variables offer it.
+    tensor = ops.convert_to_tensor(array) if dtype is None else ops.cast(array, dtype)
+    return np.asarray(ops.convert_to_numpy(tensor))

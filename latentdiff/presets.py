@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
-from latentdiff.backend import default_dtype
+from latentdiff.backend import default_dtype, to_numpy
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_scheduler
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
@@ -85,9 +83,7 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None, *, varian
     tokenizer = CLIPTokenizer.from_directory(directory)
     # All files are opened and checked before the first network is built.
     held = _held_dtype(dtype)
-    components = {
-        kind: diffusers.read_component(directory, kind, dtype=held, variant=variant) for kind in _NETWORKS
-    }
+    components = {kind: diffusers.read_component(directory, kind, dtype=held, variant=variant) for kind in _NETWORKS}
     unet, autoencoder, text_encoder = (components[kind].config for kind in ("unet", "autoencoder", "text_encoder"))
     _check_fit("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"])
     _check_fit("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"])
@@ -177,9 +173,7 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
         )
     with replaced_directory(directory, overwrite) as fresh:
         for kind, network in networks.items():
-            arrays = {
-                path: np.asarray(ops.convert_to_numpy(ops.convert_to_tensor(v))) for path, v in named_variables(network)
-            }
+            arrays = {path: to_numpy(v) for path, v in named_variables(network)}
             folder = fresh / diffusers.KINDS[kind].folder
             diffusers.write_component(folder, kind, network.config, arrays, dtype=dtype, details=details[kind])
         parts.tokenizer.save(fresh / "tokenizer")
@@ -213,9 +207,7 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
         yield from ((variable.path, variable) for variable in network.variables)
 
 
-def _load(
-    kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, **changes: Any
-) -> keras.Model:
+def _load(kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, **changes: Any) -> keras.Model:
     dtype = _dtype(dtype)
     component = diffusers.read_component(resolve_preset(preset), kind, dtype=_held_dtype(dtype), variant=variant)
     return _network(component, dtype, **changes)

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from latentdiff.backend import to_numpy
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.models.autoencoder import Autoencoder
 
@@ -149,7 +150,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def save(self) -> None:
         """Writes the state as it is now."""
-        arrays: dict[str, Any] = {f"{i}": ops.convert_to_numpy(v) for i, v in enumerate(self._variables())}
+        arrays: dict[str, Any] = {f"{i}": to_numpy(v) for i, v in enumerate(self._variables())}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".tmp", delete=False) as file:
             np.savez(file, **arrays)

@@ -11,8 +11,8 @@ import pathlib
 
 import keras
 import numpy as np
-from keras import ops
 
+from latentdiff.backend import to_numpy
 from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.presets import named_variables
@@ -74,7 +74,7 @@ def main(data: pathlib.Path, output: pathlib.Path, steps: int, batch_size: int, 
         if first < last:
             model.fit(Images(images, train, batch_size, size, first, last), callbacks=[checkpoint], shuffle=False)
     print("validation:", model.evaluate(held, batch_size=16, verbose=0, return_dict=True))
-    arrays = {path: ops.convert_to_numpy(variable) for path, variable in named_variables(autoencoder)}
+    arrays = {path: to_numpy(variable) for path, variable in named_variables(autoencoder)}
     write_component(output / "autoencoder", "autoencoder", autoencoder.config, arrays, overwrite=True)
 
 
