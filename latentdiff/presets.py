@@ -68,7 +68,8 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None, *, varian
             or the only variant that there is.
 
     Raises:
-        ValueError: the name or the dtype is unknown, or the directory's files are malformed or ask for what cannot be done here.
+        ValueError: the name or the dtype is unknown, or the directory's files are malformed or ask for what cannot be
+            done here.
         FileNotFoundError: the directory lacks a file.
     """
     dtype = _dtype(dtype)
