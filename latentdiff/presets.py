@@ -10,7 +10,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from latentdiff.backend import default_dtype
 from latentdiff.catalogue import resolve_preset
@@ -138,9 +137,7 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
     with replaced_directory(directory, overwrite) as fresh:
         for kind in _NETWORKS:
             network = getattr(parts, kind)
-            arrays = {
-                path: np.asarray(ops.convert_to_numpy(ops.convert_to_tensor(v))) for path, v in named_variables(network)
-            }
+            arrays = {path: np.asarray(variable) for path, variable in named_variables(network)}
             folder = fresh / diffusers.KINDS[kind].folder
             diffusers.write_component(folder, kind, network.config, arrays, dtype=dtype, details=details[kind])
         parts.tokenizer.save(fresh / "tokenizer")
