@@ -105,6 +105,8 @@ def inputs_of(kind, network):
     return numbers(1, 8, 12, 3) if kind == "autoencoder" else np.array([[3, 5, 7]], "int32")
 
 
+# Keras' own, when it writes a variable of TensorFlow under NumPy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["unet", "autoencoder", "text_encoder"])
 def test_network_comes_back_from_its_file(kind, tiny_pipe, tmp_path):
     network = getattr(tiny_pipe, kind)

@@ -50,13 +50,25 @@ def test_reconstruction_is_drawn_while_training_alone(autoencoder):
     assert tuple(mean.shape) == (1, 4, 4, 2)
 
 
+class ToyAutoencoder(keras.Model):
+    """Two dense layers in place of an encoder and a decoder, which train in no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = keras.layers.Dense(4), keras.layers.Dense(3)
+        self.encoder.build((None, None, None, 3))
+        self.decoder.build((None, None, None, 2))
+
+    def moments(self, image):
+        return ops.split(self.encoder(image), 2, axis=-1)
+
+
 def test_autoencoder_learns():
-    network = Autoencoder((4,), 1, groups=2, mid_attention=False, latent_channels=2, dtype="float32")
-    training = AutoencoderTraining(network)
-    training.compile(optimizer=keras.optimizers.Adam(1e-2))
-    images = np.tanh(numbers(8, 4, 4, 3))
-    history = training.fit(images, epochs=4, batch_size=4, verbose=0).history
-    assert history["loss"][-1] < history["loss"][0]
+    keras.utils.set_random_seed(0)
+    training = AutoencoderTraining(ToyAutoencoder())
+    training.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=False)
+    history = training.fit(np.tanh(numbers(64, 4, 4, 3)), epochs=4, batch_size=4, verbose=0).history
+    assert history["loss"][-1] < 0.9 * history["loss"][0]
     assert history["psnr"][-1] > history["psnr"][0]
 
 
@@ -144,7 +156,7 @@ def toy_training(seed=0):
     keras.utils.set_random_seed(seed)
     diffusion = GaussianDiffusion(scaled_linear_schedule())
     model = DiffusionTraining(*toy_networks(), diffusion, EMPTY, seed=seed)
-    model.compile(optimizer=keras.optimizers.Adam(1e-2))
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=False)
     return model
 
 
@@ -202,7 +214,7 @@ def test_run_without_a_checkpoint_begins_at_zero(tmp_path):
 def test_another_models_checkpoint_is_refused(tmp_path, autoencoder):
     checkpoint = Checkpoint(tmp_path / "state.npz", every=1)
     other = AutoencoderTraining(autoencoder)
-    other.compile(optimizer=keras.optimizers.Adam(1e-2))
+    other.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=False)
     model = toy_training()
     fit(model, 1, checkpoint)
     before = state(model)
