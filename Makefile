@@ -17,8 +17,8 @@ PROMPT ?= a red heart, noto style
 OUTPUT ?= out.png
 export PROMPT OUTPUT
 
-# PyPI's own build for Linux brings several GB of CUDA along. Where PyTorch's index can be reached, the CPU build is
-#   make peers TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# The registry's own build for Linux may bring several GB of CUDA along; another one is named by
+#   make peers TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 
 VENV := .venv
@@ -29,10 +29,10 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
 # The same tests run on JAX, less those that touch no array.
-NO_ARRAYS := cli packaging pictures
+NO_ARRAYS := architecture cli emoji_recipe packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
-.PHONY: run test lint format peers wheel clean
+.PHONY: run test test-tensorflow test-jax lint format peers wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run

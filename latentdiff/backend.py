@@ -18,8 +18,8 @@ from keras import ops
 class Compiled:
     """A function of arrays, compiled once for each set of shapes and dtypes.
 
-    The networks' weights are no arguments of `function`: TensorFlow's graph refers to its variables, and on JAX they are
-    handed to the compiled function behind the scenes, so that they are never constants in it.
+    The networks' weights are no arguments of `function`: TensorFlow's graph refers to its variables, and on JAX they
+    are handed to the compiled function behind the scenes, so that they are never constants in it.
 
     Args:
         function: takes and gives arrays; is run in Python only to be traced.
@@ -82,7 +82,7 @@ def has_gpu() -> bool:
 
 @functools.cache
 def default_dtype() -> str:
-    """The dtype that networks compute in where none is asked for: bfloat16 where the device multiplies it, else float32."""
+    """What networks compute in where no dtype is asked for: bfloat16 where the device multiplies it, else float32."""
     if has_gpu():
         return "bfloat16"
     if keras.backend.backend() != "tensorflow":
@@ -93,6 +93,8 @@ def default_dtype() -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def to_numpy(array: Any, dtype: str) -> np.ndarray:
-    """A tensor as a NumPy array of another dtype."""
-    return np.asarray(ops.convert_to_numpy(ops.cast(array, dtype)))
+def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
+    """A tensor or a variable as a NumPy array, in its own dtype or another."""
+    # A variable goes by way of a tensor: NumPy 2 warns of what variables offer it.
+    tensor = ops.convert_to_tensor(array) if dtype is None else ops.cast(array, dtype)
+    return np.asarray(ops.convert_to_numpy(tensor))

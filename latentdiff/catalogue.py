@@ -6,8 +6,7 @@ import difflib
 import os
 from pathlib import Path
 
-# Formats that hold Python pickles: reading one can run whatever program its author put there.
-_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+from latentdiff.checkpoints.files import PICKLE_SUFFIXES, pickle_message
 
 
 def weights_directory() -> Path:
@@ -47,8 +46,8 @@ def resolve_preset(preset: str | os.PathLike[str]) -> Path:
     if str(preset) and path.is_dir():
         return path
     if str(preset) and path.is_file():
-        if path.suffix.lower() in _PICKLES:
-            raise ValueError(f"a pickle can run any program and is never opened. Received: {str(path)!r}.")
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            raise ValueError(pickle_message(f"`{path}`"))
         raise ValueError(f"`preset` must be a name or a model directory, not a file. Received: {str(path)!r}.")
     near = difflib.get_close_matches(str(preset), names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Names: {', '.join(names) or 'none'}."

@@ -5,8 +5,10 @@ Rombach et al. 2022, sec. 3, arXiv:2112.10752.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,18 +58,21 @@ class TextToImage:
         self._steps: dict[tuple[bool, float | None], Compiled] = {}
 
     @classmethod
-    def from_preset(cls, preset: str | os.PathLike, dtype: str | None = None) -> TextToImage:
+    def from_preset(
+        cls, preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None
+    ) -> TextToImage:
         """The pipeline of a model directory.
 
         Args:
             preset: a name in `weights/`, such as "emoji", or a diffusers directory of Stable Diffusion 1.x or 2.x.
             dtype: what the networks hold and compute in: "float32", "bfloat16", "float16"; None chooses by the device.
+            variant: of the weights' files, for example "fp16"; None takes the plain ones, or the only variant there is.
 
         Raises:
             ValueError: the name is unknown, or the files are malformed or ask for what cannot be done here.
             FileNotFoundError: the directory lacks a file.
         """
-        return cls(presets.load_pipeline(preset, dtype))
+        return cls(presets.load_pipeline(preset, dtype, variant=variant))
 
     def save_to_preset(self, directory: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
         """Writes a diffusers directory, whole or not at all; see `presets.save_pipeline`."""
@@ -118,11 +123,12 @@ class TextToImage:
             guidance_rescale: 0 .. 1, see `guidance.guide`.
             guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone.
             eta: DDIM's share of DDPM's noise, 0 .. 1.
-            noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise of
-                each of the sampler's R rows after it.
+            noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise
+                of each of the sampler's R rows after it.
             batch_size: how many images are made at a time; None is all.
             progress: whether a bar shows the steps.
-            callback: is told the step from 1 on and the latent (B, h, w, c) float32 after it; False ends the run there.
+            callback: is told the sampler's row, from 1 on, and the latent (b, h, w, c) float32 after it, of each part
+                of `batch_size` in turn. False ends the run there: that part is returned as it stands, and no later one.
             output: "image" or "latent".
 
         Returns:
@@ -130,21 +136,22 @@ class TextToImage:
 
         Raises:
             TypeError: a prompt is not text, or a seed not an integer.
-            ValueError: a number is out of range, a name unknown, or a shape does not fit. Nothing has been computed then.
+            ValueError: a number is out of range, a name unknown, or a shape does not fit; all before any work.
         """
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
-        total = len(prompts)
+        total = len(prompts) * num_images
         shape = self._latent_shape(height, width)
         table = self._table(sampler, num_steps, eta)
         seeds = _seeds(seed, total)
         noise = _handed_in(noise, total, shape, table)
         _check_choices(guidance_scale, guidance_rescale, guidance_interval, batch_size, output)
-        tokens, negative_tokens = self.tokenizer(prompts), self.tokenizer(negatives)
+        tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
+        negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 
         clip = self.settings.with_sampler(table.sampler).clip
         size = min(batch_size or total, total)
         starts = range(0, total, size)
-        bar = keras.utils.Progbar(table.num_rows * len(starts), unit_name="step") if progress else None
+        bar = _Bar(table.num_rows * len(starts)) if progress else None
         made = []
         for start in starts:
             part = slice(start, start + size)
@@ -152,7 +159,7 @@ class TextToImage:
             run.guide(guidance_scale, guidance_rescale, guidance_interval)
             run.encode(tokens[part], negative_tokens[part])
             latent, going = run.loop(bar, callback)
-            made.append(to_numpy(latent, "float32") if output == "latent" else to_numpy(self._decode(latent), "uint8"))
+            made.append(self._finished(latent, output))
             if not going:
                 break
         return np.concatenate(made)
@@ -160,7 +167,7 @@ class TextToImage:
     def step_function(self, guided: bool, clip: float | None) -> Compiled:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
 
-        It takes state (S, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (S, S + 3),
+        It takes state (4, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (4, 7),
         fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state.
         """
         if (guided, clip) not in self._steps:
@@ -189,10 +196,19 @@ class TextToImage:
         sizes = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
             pixels = own * factor if pixels is None else pixels
-            if not isinstance(pixels, int) or pixels < factor or pixels % factor:
+            if not _is_whole(pixels) or pixels < factor or pixels % factor:
                 raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
-            sizes.append(pixels // factor)
+            sizes.append(int(pixels) // factor)
         return (*sizes, self.autoencoder.latent_channels)
+
+    def _finished(self, latent, output: str) -> np.ndarray:
+        latent = to_numpy(latent, "float32")
+        if not np.isfinite(latent).all():
+            raise ValueError(
+                "A latent must be finite. Received: NaN or infinity, of networks that compute in "
+                f'{self.dtype}. dtype="float32" has the widest range.'
+            )
+        return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
 
     def _image(self, latent):
         image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
@@ -200,6 +216,18 @@ class TextToImage:
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)
+
+
+class _Bar:
+    """Keras' progress bar, on standard error: standard output is the program's own."""
+
+    def __init__(self, steps: int):
+        with contextlib.redirect_stdout(sys.stderr):
+            self.bar = keras.utils.Progbar(steps, unit_name="step")
+
+    def add(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self.bar.add(1)
 
 
 class _Run:
@@ -228,7 +256,7 @@ class _Run:
             self.both = ops.concatenate([self._context(negative_tokens), self.context], axis=0)
 
     def _context(self, tokens: np.ndarray):
-        # One prompt at a time: a prompt's context does not depend on those beside it, and no number of them is traced anew.
+        # One prompt at a time: its context does not depend on those beside it, and no number of them is traced anew.
         rows, places = np.unique(tokens, axis=0, return_inverse=True)
         contexts = ops.concatenate([self.pipeline._encode(row[None]) for row in rows], axis=0)
         return ops.take(contexts, places.reshape(-1), axis=0)
@@ -246,9 +274,11 @@ class _Run:
                 self.scale, self.rescale,
             )  # fmt: skip
             if bar is not None:
-                bar.add(1)
-            if callback is not None and callback(i + 1, to_numpy(state[0], "float32")) is False:
-                return state[0], False
+                bar.add()
+            if callback is not None:
+                wish = callback(i + 1, to_numpy(state[0], "float32"))
+                if wish is not None and not wish:
+                    return state[0], False
         return state[0], True
 
     def fresh(self, k: int):
@@ -272,7 +302,7 @@ def make_schedule(settings: presets.SamplerSettings) -> Schedule:
 
 
 def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]:
-    if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+    if not _is_whole(num_images) or num_images < 1:
         raise ValueError(f"`num_images` must be a whole number, at least 1. Received: num_images={num_images!r}.")
     lists = []
     for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
@@ -288,17 +318,18 @@ def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]
             "`negative_prompt` must be one text, or one for each prompt. "
             f"Received: {len(negatives)} for {len(prompts)} prompts."
         )
-    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-    return [p for p in prompts for _ in range(num_images)], [n for n in negatives for _ in range(num_images)]
+    return prompts, negatives
 
 
 def _seeds(seed, total: int) -> list[int]:
     if seed is None:
         seed = secrets.randbelow(2**32)
-    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+    if _is_whole(seed):
         seeds = [int(seed) + i for i in range(total)]
+    elif not isinstance(seed, list | tuple | range | np.ndarray):
+        raise TypeError(f"`seed` must be one int, or one for each image. Received: seed={seed!r}.")
     else:
-        seeds = list(seed) if isinstance(seed, list | tuple | range | np.ndarray) else [seed]
+        seeds = list(seed)
         if len(seeds) != total:
             raise ValueError(f"`seed` must be one int, or one for each of the {total} images. Received: {len(seeds)}.")
     if any(isinstance(s, int) and not 0 <= s <= MAX_SEED for s in seeds):
@@ -325,13 +356,26 @@ def _handed_in(noise, total: int, shape: tuple[int, ...], table: SamplerTable) -
 
 
 def _check_choices(scale, rescale, interval, batch_size, output) -> None:
-    if isinstance(scale, bool) or not np.isscalar(scale) or not np.isfinite(scale):
+    if not _is_number(scale) or not np.isfinite(scale):
         raise ValueError(f"`guidance_scale` must be a finite number. Received: guidance_scale={scale!r}.")
-    if not 0 <= rescale <= 1:
+    if not _is_number(rescale) or not 0 <= rescale <= 1:
         raise ValueError(f"`guidance_rescale` must lie in 0 .. 1. Received: guidance_rescale={rescale!r}.")
-    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
+    if interval is not None and not _is_interval(interval):
         raise ValueError(f"`guidance_interval` must be (low, high), 0 <= low <= high. Received: {interval!r}.")
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (not _is_whole(batch_size) or batch_size < 1):
         raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
     if output not in OUTPUTS:
         raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}. Received: output={output!r}.")
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return _is_whole(value) or isinstance(value, float | np.floating)
+
+
+def _is_interval(value) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(end) for end in value)
+    return is_pair and 0 <= value[0] <= value[1]

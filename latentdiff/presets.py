@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
-from latentdiff.backend import default_dtype
+from latentdiff.backend import default_dtype, to_numpy
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_scheduler
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
-from latentdiff.checkpoints.files import replaced_directory
+from latentdiff.checkpoints.files import CheckpointError, replaced_directory
+from latentdiff.diffusion.schedule import (
+    Schedule,
+    cosine_schedule,
+    linear_schedule,
+    scaled_linear_schedule,
+    schedule_from_betas,
+    with_zero_terminal_snr,
+)
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.layers import blank_weights
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
 
+DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
+_PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
 SAMPLE_SIZE = 64  # latents of models whose directory does not say: Stable Diffusion's
 
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {
@@ -50,26 +58,38 @@ class Parts:
     sample_size: tuple[int, int]
 
 
-def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
+def load_pipeline(preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None) -> Parts:
     """The parts of a model directory.
 
     Args:
         preset: a name in `weights/`, or a pipeline's directory.
-        dtype: what the networks hold and compute in, a Keras dtype policy; None chooses by the device.
+        dtype: what the networks hold and compute in, one of `DTYPES`; None chooses by the device.
+        variant: of the weights' files, for example "fp16", which every network must have; None takes the plain files,
+            or the only variant that there is.
 
     Raises:
-        ValueError: the name is unknown, or the directory's files are malformed or ask for what cannot be done here.
+        ValueError: the name or the dtype is unknown, or the directory's files are malformed or ask for what cannot be
+            done here.
         FileNotFoundError: the directory lacks a file.
     """
+    dtype = _dtype(dtype)
     directory = resolve_preset(preset)
     diffusers.read_pipeline_index(directory)
     settings = diffusers_scheduler.read_scheduler(directory)
+    try:
+        make_schedule(settings)
+    except ValueError as error:
+        path = diffusers_scheduler.find_scheduler(directory)
+        raise CheckpointError(f"`{path}` must describe a schedule. {error}") from error
     tokenizer = CLIPTokenizer.from_directory(directory)
     # All files are opened and checked before the first network is built.
-    components = {kind: diffusers.read_component(directory, kind) for kind in _NETWORKS}
+    held = _held_dtype(dtype)
+    components = {kind: diffusers.read_component(directory, kind, dtype=held, variant=variant) for kind in _NETWORKS}
     unet, autoencoder, text_encoder = (components[kind].config for kind in ("unet", "autoencoder", "text_encoder"))
     _check_fit("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"])
     _check_fit("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"])
+    _check_fit("The UNet's output", unet["out_channels"], "its latent", unet["in_channels"])
+    _check_fit("The autoencoder's image", autoencoder["image_channels"], "an RGB image", 3)
     if tokenizer.vocabulary_size > text_encoder["vocabulary_size"]:
         raise ValueError(
             "The text encoder must know every token. Received: "
@@ -79,33 +99,38 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None) -> Parts:
         tokenizer = CLIPTokenizer.from_directory(directory, context_length=text_encoder["context_length"])
     size = components["unet"].details.get("sample_size") or SAMPLE_SIZE
     height, width = (size, size) if isinstance(size, int) else size
-    dtype = dtype or default_dtype()
     networks = {kind: _network(component, dtype) for kind, component in components.items()}
     return Parts(tokenizer, settings=settings, sample_size=(height, width), **networks)  # pyright: ignore[reportArgumentType]
 
 
-def load_unet(preset: str | os.PathLike, dtype: str | None = None) -> UNet:
+def load_unet(preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None) -> UNet:
     """The UNet of a pipeline's directory, or of its own. Raises as `load_pipeline`."""
-    return _load("unet", preset, dtype)  # pyright: ignore[reportReturnType]
+    return _load("unet", preset, dtype, variant)  # pyright: ignore[reportReturnType]
 
 
 def load_autoencoder(
-    preset: str | os.PathLike, norm_epsilon: float | None = None, dtype: str | None = None
+    preset: str | os.PathLike,
+    norm_epsilon: float | None = None,
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
 ) -> Autoencoder:
     """The autoencoder of a pipeline's directory, or of its own. Raises as `load_pipeline`.
 
     Args:
         preset: a name in `weights/`, or a directory.
         norm_epsilon: another epsilon of its norms than the 1e-6 of diffusers' files; the documents' code has 1e-5.
-        dtype: as for `load_pipeline`.
+        dtype, variant: as for `load_pipeline`.
     """
     changes = {} if norm_epsilon is None else {"norm_epsilon": norm_epsilon}
-    return _load("autoencoder", preset, dtype, **changes)  # pyright: ignore[reportReturnType]
+    return _load("autoencoder", preset, dtype, variant, **changes)  # pyright: ignore[reportReturnType]
 
 
-def load_text_encoder(preset: str | os.PathLike, dtype: str | None = None) -> CLIPTextEncoder:
+def load_text_encoder(
+    preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None
+) -> CLIPTextEncoder:
     """The text encoder of a pipeline's directory, or of its own. Raises as `load_pipeline`."""
-    return _load("text_encoder", preset, dtype)  # pyright: ignore[reportReturnType]
+    return _load("text_encoder", preset, dtype, variant)  # pyright: ignore[reportReturnType]
 
 
 def load_tokenizer(preset: str | os.PathLike) -> CLIPTokenizer:
@@ -119,7 +144,8 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
     Args:
         parts: what is written.
         directory: the pipeline's directory.
-        dtype: of the files: "float32", "float16" or "bfloat16".
+        dtype: of the files: "float32", "float16" or "bfloat16". Files are as exact as the weights are held: those of
+            `load_pipeline` in bfloat16 are rounded, and a warning says so where the files are wider.
         overwrite: whether an existing model directory may be replaced.
 
     Raises:
@@ -135,15 +161,42 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
             "pad_token_id": parts.tokenizer.pad_id,
         },
     }
+    networks = {kind: getattr(parts, kind) for kind in _NETWORKS}
+    for kind, network in networks.items():  # all of them before the first gigabyte is written
+        diffusers.config_fields(kind, network.config, dtype, details[kind])
+    held = {keras.backend.standardize_dtype(v.dtype) for net in networks.values() for _, v in named_variables(net)}
+    narrower = sorted(held & {name for name, bits in _PRECISION.items() if bits < _PRECISION[dtype]})
+    if narrower:
+        warnings.warn(
+            f"{dtype} files will hold weights that were rounded to {', '.join(narrower)}. "
+            'To keep them whole, open the model with dtype="float32" before it is saved.',
+            stacklevel=3,  # the caller of `save_to_preset`
+        )
     with replaced_directory(directory, overwrite) as fresh:
-        for kind in _NETWORKS:
-            network = getattr(parts, kind)
-            arrays = {path: np.asarray(ops.convert_to_numpy(v)) for path, v in named_variables(network)}
+        for kind, network in networks.items():
+            arrays = {path: to_numpy(v) for path, v in named_variables(network)}
             folder = fresh / diffusers.KINDS[kind].folder
             diffusers.write_component(folder, kind, network.config, arrays, dtype=dtype, details=details[kind])
         parts.tokenizer.save(fresh / "tokenizer")
         diffusers_scheduler.write_scheduler(fresh / "scheduler", parts.settings, diffusers.VERSION)
         diffusers.write_pipeline_index(fresh, diffusers_scheduler.SAMPLER_CLASSES[parts.settings.sampler])
+
+
+def make_schedule(settings: SamplerSettings) -> Schedule:
+    """The schedule that a directory's settings stand for.
+
+    Raises:
+        ValueError: a beta is out of range, or there are too few of them.
+    """
+    T = settings.num_timesteps
+    if settings.schedule == "betas":
+        schedule = schedule_from_betas(settings.betas or ())
+    elif settings.schedule == "cosine":
+        schedule = cosine_schedule(T)
+    else:
+        make = linear_schedule if settings.schedule == "linear" else scaled_linear_schedule
+        schedule = make(T, settings.beta_start, settings.beta_end)
+    return with_zero_terminal_snr(schedule) if settings.zero_terminal_snr else schedule
 
 
 def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
@@ -155,9 +208,24 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
         yield from ((variable.path, variable) for variable in network.variables)
 
 
-def _load(kind: str, preset: str | os.PathLike, dtype: str | None, **changes: Any) -> keras.Model:
-    component = diffusers.read_component(Path(resolve_preset(preset)), kind)
-    return _network(component, dtype or default_dtype(), **changes)
+def _load(kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, **changes: Any) -> keras.Model:
+    dtype = _dtype(dtype)
+    component = diffusers.read_component(resolve_preset(preset), kind, dtype=_held_dtype(dtype), variant=variant)
+    return _network(component, dtype, **changes)
+
+
+def _dtype(dtype: str | None) -> str:
+    """The policy that is asked for, or the device's."""
+    if dtype is None:
+        return default_dtype()
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}. Received: dtype={dtype!r}.")
+    return dtype
+
+
+def _held_dtype(dtype: str) -> str:
+    """What a policy's variables are held in; weights are read as that, and checked to fit it."""
+    return keras.DTypePolicy(dtype).variable_dtype
 
 
 def _network(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:

@@ -9,11 +9,13 @@ Ho and Salimans 2022, algorithm 1, arXiv:2207.12598.
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from latentdiff.backend import to_numpy
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.models.autoencoder import Autoencoder
 
@@ -49,13 +51,13 @@ class AutoencoderTraining(keras.Model):
             latent = mean + ops.exp(0.5 * log_variance) * keras.random.normal(ops.shape(mean), seed=self.seeds)
         return self.autoencoder.decoder(latent), mean, log_variance
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(self, x: Any = None, y=None, y_pred: Any = None, sample_weight=None, training=True):
         """The mean loss of a batch; also keeps the metric `psnr`, in decibels, of images in [-1, 1]."""
         reconstruction, mean, log_variance = (ops.cast(a, "float32") for a in y_pred)
         error = reconstruction - ops.cast(x, "float32")
         squares = ops.mean(ops.square(error), axis=(1, 2, 3))  # (B,)
         kl = 0.5 * ops.sum(ops.square(mean) + ops.exp(log_variance) - 1 - log_variance, axis=(1, 2, 3))  # (B,)
-        pixels = int(np.prod(x.shape[1:]))
+        pixels = ops.cast(ops.prod(ops.convert_to_tensor(ops.shape(error)[1:])), "float32")  # a fit may change the size
         self.psnr.update_state(10 * ops.log10(4 / ops.maximum(squares, 1e-10)))
         return ops.mean(ops.abs(error)) + ops.mean(squares) + self.kl_weight * ops.mean(kl) / pixels
 
@@ -143,9 +145,12 @@ class Checkpoint(keras.callbacks.Callback):
                 self.save()
             self.last = step // self.every
 
+    def on_train_end(self, logs=None):
+        self.save()
+
     def save(self) -> None:
         """Writes the state as it is now."""
-        arrays = {f"{i}": np.asarray(v) for i, v in enumerate(self._variables())}
+        arrays: dict[str, Any] = {f"{i}": to_numpy(v) for i, v in enumerate(self._variables())}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".tmp", delete=False) as file:
             np.savez(file, **arrays)

@@ -12,8 +12,8 @@ from latentdiff.models.autoencoder import Autoencoder
 class PaddedConv2D(keras.layers.Layer):
     """This class and the five after it are the documents' code.
 
-    Keras' group normalisation stands in for that of TensorFlow Addons, `keras.ops` for `tf`, and the numbers of channels
-    are arguments.
+    Keras' group normalisation stands in for that of TensorFlow Addons, `keras.ops` for `tf`, and the numbers of
+    channels are arguments.
     """
 
     def __init__(self, channels, kernel_size, padding=0, stride=1):

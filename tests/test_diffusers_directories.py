@@ -518,6 +518,9 @@ def test_safety_checker_is_named_as_ignored(pipeline):
         ({"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
         ({"unet": [None, None]}, "lacks: unet"),
         ({"unet": ["my_module", []]}, "my_module"),
+        ({"unet": []}, r"`unet` must be \[library, class\]. Received: \[\]"),
+        ({"scheduler": ["diffusers"]}, "`scheduler` must be"),
+        ({"tokenizer": [None, "CLIPTokenizer"]}, "`tokenizer` must be"),
     ],
 )
 def test_other_pipelines_are_refused_by_name(pipeline, changes, message):
@@ -533,3 +536,12 @@ def test_parts_that_lack_are_all_named(pipeline):
         diffusers.read_pipeline_index(pipeline)
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         diffusers.read_pipeline_index(pipeline / "unet")
+
+
+def test_component_is_not_written_over_a_whole_pipeline(pipeline):
+    config, _ = diffusers.KINDS["text_encoder"].module.read_config(TEXT_CONFIG, "")
+    arrays = random_arrays("text_encoder", config)
+    before = sorted(pipeline.rglob("*"))
+    with pytest.raises(FileExistsError, match="whole pipeline's, with `text_encoder`"):
+        diffusers.write_component(pipeline, "text_encoder", config, arrays, overwrite=True)
+    assert sorted(pipeline.rglob("*")) == before

@@ -202,6 +202,13 @@ def test_field_of_the_wrong_kind_is_an_error_that_names_it(field, value):
         settings(_class_name="DDIMScheduler", **{field: value})
 
 
+def test_zero_terminal_snr_is_read_for_every_prediction():
+    """diffusers opens such files, whatever their network predicts."""
+    for theirs, ours in (("epsilon", "eps"), ("v_prediction", "v")):
+        result = settings(_class_name="DDIMScheduler", rescale_betas_zero_snr=True, prediction_type=theirs)
+        assert (result.zero_terminal_snr, result.prediction) == (True, ours)
+
+
 ROUND_TRIPS = [
     SamplerSettings(),
     SamplerSettings(sampler="ddim", prediction="v", zero_terminal_snr=True, spacing="trailing", clip_range=1.5),

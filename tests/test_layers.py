@@ -275,16 +275,19 @@ def test_position_embedding_adds_the_first_vectors():
     [
         (lambda: ResnetBlock(30, 32), "`channels` must be divisible by `groups`. Received: channels=30, groups=32."),
         (lambda: ResnetBlock(8, 0), "`channels` must be divisible by `groups`. Received: channels=8, groups=0."),
+        (lambda: ResnetBlock(8, 4).build((1, 2, 2, 6)), "Received: channels=6, groups=4."),
         (lambda: AttentionBlock(8, 3), "`channels` must be divisible by `groups`. Received: channels=8, groups=3."),
         (lambda: SpatialTransformer(8, 2, groups=3), "`channels` must be divisible by `groups`"),
-        (lambda: SpatialTransformer(8, 3, groups=4), "`width` must be divisible by `heads`. Received: width=8, heads=3."),
+        (
+            lambda: SpatialTransformer(8, 3, groups=4),
+            "`width` must be divisible by `heads`. Received: width=8, heads=3",
+        ),
         (lambda: TextLayer(8, 0, 16), "`width` must be divisible by `heads`. Received: width=8, heads=0."),
-        (lambda: TextLayer(8, 2, 16, "relu"), "`activation` must be one of ['gelu', 'quick_gelu']. Received: activation='relu'."),
-        (lambda: Downsample(8, "before"), "`padding` must be \"all\" or \"after\". Received: padding='before'."),
+        (lambda: TextLayer(8, 2, 16, "relu"), "one of ['gelu', 'quick_gelu']. Received: activation='relu'."),
+        (lambda: Downsample(8, "before"), '`padding` must be "all" or "after". Received: padding=\'before\'.'),
         (lambda: TimestepEmbedding(5), "`width` must be even. Received: width=5."),
-        (lambda: ResnetBlock(8, 4).build((1, 2, 2, 6)), "`channels` must be divisible by `groups`. Received: channels=6, groups=4."),
     ],
-)  # fmt: skip
+)
 def test_bad_argument_is_told(make, message):
     with pytest.raises(ValueError) as error:
         make()

@@ -16,7 +16,7 @@ from latentdiff.presets import named_variables
 
 SD2_UNET = {
     "channels": (8, 8, 16),
-    "blocks_per_level": 2,
+    "blocks_per_level": 1,
     "attention": (True, False, True),
     "heads": (1, 2, 4),
     "transformer_depth": (1, 1, 2),
@@ -28,7 +28,7 @@ SD2_UNET = {
 
 @pytest.fixture(scope="module")
 def sd2_unet():
-    """Three levels, dense projections, another number of heads and blocks a level."""
+    """Three levels, dense projections, another number of heads and of transformers a level."""
     return make(UNet, SD2_UNET)
 
 
@@ -55,17 +55,12 @@ def test_variables_of_an_sd2_unet_are_those_of_the_key_map(sd2_unet):
     assert_variables_are_those_of_the_key_map("unet", sd2_unet)
 
 
-def test_unet_comes_out_at_any_size(sd2_unet):
-    for height, width in ((4, 8), (5, 7), (3, 6)):
-        out = to_numpy(sd2_unet(unet_inputs(sd2_unet, height, width)))
-        assert out.shape == (1, height, width, 4)
-        assert np.isfinite(out).all()
-
-
-def test_unet_sees_each_of_its_inputs(sd2_unet):
-    inputs = unet_inputs(sd2_unet, 4, 4)
-    out = sd2_unet(inputs)
-    for name, changed in (("timestep", inputs["timestep"] - 1), ("context", inputs["context"][:, ::-1] * 2)):
+def test_unet_sees_each_of_its_inputs_at_an_odd_size(sd2_unet):
+    inputs = unet_inputs(sd2_unet, 5, 7)
+    out = to_numpy(sd2_unet(inputs))
+    assert out.shape == (1, 5, 7, 4)
+    assert np.isfinite(out).all()
+    for name, changed in (("timestep", inputs["timestep"] - 1), ("context", inputs["context"] * 2)):
         assert relative_error(sd2_unet({**inputs, name: changed}), out) > 1e-4, name
 
 
@@ -77,23 +72,24 @@ def test_unet_starts_at_zero():
     assert_variables_are_those_of_the_key_map("unet", unet)
 
 
-def test_timestep_951_is_not_952_in_a_bfloat16_unet():
-    with blank_weights():
-        config = {**UNET, "channels": (8,), "attention": (False,), "heads": 2}
-        unet = UNet(**config, mid_attention=False, dtype="bfloat16")
-    assert {variable.dtype for variable in unet.variables} == {"bfloat16"}
-    embedding = keras.Model(unet.inputs, unet.get_layer("timestep_embedding").output)
-    inputs = {**unet_inputs(unet, 2, 2), "timestep": np.array([951.0], "float32")}
+@pytest.fixture(scope="module")
+def half_unet():
+    """The tiny pipeline's in bfloat16."""
+    return make(UNet, UNET, seed=2, dtype="bfloat16")
+
+
+def test_timestep_951_is_not_952_in_a_bfloat16_unet(half_unet):
+    assert {variable.dtype for variable in half_unet.variables} == {"bfloat16"}
+    embedding = keras.Model(half_unet.inputs, half_unet.get_layer("timestep_embedding").output)
     frequencies = 10000.0 ** (-np.arange(4) / 4)
     expected = np.concatenate([np.cos(951 * frequencies), np.sin(951 * frequencies)])
-    np.testing.assert_allclose(to_numpy(embedding(inputs))[0], expected, atol=5e-4)
+    np.testing.assert_allclose(to_numpy(embedding(unet_inputs(half_unet, 4, 6)))[0], expected, atol=5e-4)
 
 
-def test_half_precision_is_near_float32(tiny_pipe):
-    half = make(UNet, UNET, seed=2, dtype="bfloat16")
-    inputs = unet_inputs(half, 4, 6)
+def test_bfloat16_is_near_float32(half_unet, tiny_pipe):
+    inputs = unet_inputs(half_unet, 4, 6)
     expected = tiny_pipe.unet(inputs)
-    assert 1e-5 < relative_error(keras.ops.cast(half(inputs), "float32"), expected) < 0.1
+    assert 1e-5 < relative_error(keras.ops.cast(half_unet(inputs), "float32"), expected) < 0.1
 
 
 def test_text_encoder_is_causal(tiny_pipe):
@@ -109,6 +105,8 @@ def inputs_of(kind, network):
     return numbers(1, 8, 12, 3) if kind == "autoencoder" else np.array([[3, 5, 7]], "int32")
 
 
+# Keras' own, when it writes a variable of TensorFlow under NumPy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["unet", "autoencoder", "text_encoder"])
 def test_network_comes_back_from_its_file(kind, tiny_pipe, tmp_path):
     network = getattr(tiny_pipe, kind)
@@ -125,7 +123,7 @@ def test_network_comes_back_from_its_file(kind, tiny_pipe, tmp_path):
 @pytest.mark.parametrize(
     ("network_class", "config"),
     [
-        (UNet, {**UNET, "channels": (4,), "attention": (True,), "heads": (2,)}),
+        (UNet, {**UNET, "channels": (4,), "attention": (False,), "heads": (2,)}),
         (Autoencoder, {"channels": (4,), "blocks_per_level": 1, "groups": 2}),
         (CLIPTextEncoder, TEXT_ENCODER),
     ],

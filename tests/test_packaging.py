@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import latentdiff
 from latentdiff import catalogue
@@ -38,7 +39,6 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    packaging = pytest.importorskip("packaging.requirements")
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE))
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     extras = PYPROJECT["project"]["optional-dependencies"]
@@ -46,7 +46,7 @@ def test_every_requirement_is_pinned_within_its_range():
         each for name in extras if name != "peers" for each in extras[name]
     ]
     for text in wanted:
-        requirement = packaging.Requirement(text)
+        requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text
     assert all("==" in text for text in extras["peers"])
 

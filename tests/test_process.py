@@ -67,6 +67,15 @@ def test_time_may_be_a_scalar_a_vector_or_a_tensor():
         np.testing.assert_array_equal(array(process.q_sample(x0, t, eps)), expected)
 
 
+def test_time_may_be_a_list():
+    process = GaussianDiffusion(linear_schedule())
+    x0, x_t = draw((2, 5)), draw((2, 5), 1)
+    for ours, expected in zip(
+        process.q_posterior(x0, x_t, [3, 700]), process.q_posterior(x0, x_t, np.array([3, 700])), strict=True
+    ):
+        np.testing.assert_array_equal(array(ours), array(expected))
+
+
 def test_half_precision_data_is_computed_in_float32():
     process = GaussianDiffusion(linear_schedule())
     x0, eps = ops.cast(draw((2, 9)), "bfloat16"), ops.cast(draw((2, 9), 1), "bfloat16")
@@ -99,7 +108,7 @@ def bayes_rule(schedule, x0, x_t, t, s):
 
 
 def test_posterior_agrees_with_bayes_rule(schedule):
-    process = GaussianDiffusion(schedule)
+    process = GaussianDiffusion(schedule, "v")
     for t, s in times(schedule):
         for x0, x_t in ((0.3, -0.8), (-1.0, 2.0)):
             mean, variance, log_variance = process.q_posterior(np.full((1, 2), x0), np.full((1, 2), x_t), t, s)
@@ -131,7 +140,7 @@ def test_one_step_posterior_is_that_of_ho(shape):
 
 
 def test_posterior_over_many_steps_is_the_chain_of_single_steps(schedule):
-    process = GaussianDiffusion(schedule)
+    process = GaussianDiffusion(schedule, "v")
     x0, t, s = 0.7, schedule.T, schedule.T - 9
     # x_s = offset + gain x_t + noise of this variance, one step after the other, in float64 from the float32 steps.
     offset, gain, variance = 0.0, 1.0, 0.0
@@ -150,7 +159,7 @@ def test_posterior_over_many_steps_is_the_chain_of_single_steps(schedule):
 
 
 def test_posterior_in_a_trace_is_that_outside(schedule):
-    process = GaussianDiffusion(schedule)
+    process = GaussianDiffusion(schedule, "v")
     t, s = (np.array(values, dtype=np.int32) for values in zip(*times(schedule), strict=True))
     x0, x_t = draw((len(t), 5)), draw((len(t), 5), 1)
     inside = compiled(process.q_posterior)(*map(ops.convert_to_tensor, (x0, x_t, t, s)))
@@ -172,7 +181,7 @@ def test_log_variance_of_the_last_step_is_that_of_the_step_before():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_x0_eps_and_v_come_back_from_each_other(shape, schedule):
-    process = GaussianDiffusion(schedule)
+    process = GaussianDiffusion(schedule, "v")
     x0, eps = draw(shape), draw(shape, 1)
     t = np.array([1, schedule.T // 2, schedule.T - 1])
     x_t = process.q_sample(x0, t, eps)
@@ -219,12 +228,18 @@ def test_target_is_what_the_network_predicts():
 
 
 def test_min_snr_weights_are_those_of_hang():
-    # snr 9 at t = 1, 3 at t = 2, 0 at t = 3.
+    # snr 9 at t = 1, 3 at t = 2, 0 or 1/3 at t = 3.
     alpha_bar = np.array([1, 0.9, 0.75, 0])
     schedule = Schedule(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+    alpha_bar = np.array([1, 0.9, 0.75, 0.25])
+    ends_with_signal = Schedule(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
     t = np.array([1, 2, 3])
-    for prediction, expected in (("eps", [5 / 9, 1, 1]), ("v", [5 / 10, 3 / 4, 0]), ("x0", [5, 3, 0])):
-        process = GaussianDiffusion(schedule, prediction)
+    for prediction, of, expected in (
+        ("eps", ends_with_signal, [5 / 9, 1, 1]),
+        ("v", schedule, [5 / 10, 3 / 4, 0]),
+        ("x0", schedule, [5, 3, 0]),
+    ):
+        process = GaussianDiffusion(of, prediction)
         np.testing.assert_allclose(array(process.loss_weight(t, "min_snr")), expected, rtol=1e-6)
         np.testing.assert_array_equal(array(process.loss_weight(t)), [1, 1, 1])
         np.testing.assert_array_equal(
@@ -277,6 +292,14 @@ def test_one_value_for_each_example_broadcasts_over_the_rest():
 def test_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="`prediction` must be one of eps, v, x0. Received: 'epsilon'"):
         GaussianDiffusion(linear_schedule(), "epsilon")
+
+
+def test_eps_is_refused_where_it_says_nothing_about_the_data():
+    schedule = SCHEDULES["zero_terminal_snr"]
+    with pytest.raises(ValueError, match='`prediction` must be "v" or "x0".* Received: prediction=\'eps\''):
+        GaussianDiffusion(schedule)
+    for prediction in ("v", "x0"):
+        assert GaussianDiffusion(schedule, prediction).prediction == prediction
 
 
 def test_unknown_loss_weight_is_refused():

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from latentdiff.checkpoints import safetensors_files
-from latentdiff.checkpoints.files import CheckpointError, parse_json, replaced_directory
+from latentdiff.checkpoints.files import CheckpointError, check_replaceable, parse_json, replaced_directory
 from latentdiff.checkpoints.safetensors_files import find_weights, open_file, open_index, write_file
 
 
@@ -119,12 +119,12 @@ class Bomb:
         return (pytest.fail, ("a pickle was opened",))
 
 
-@pytest.mark.parametrize("name", ["m.bin", "model.ckpt", "m.pt", "m.pth"])
-def test_pickle_is_never_opened_and_the_conversion_is_named(tmp_path, name):
+@pytest.mark.parametrize("name", ["m.bin", "model.ckpt", "m.pt", "m.pth", "m.pickle"])
+def test_pickle_is_never_opened_and_what_to_do_is_said(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match=f"{name}.*latentdiff convert"):
+    with pytest.raises(CheckpointError, match=f"{name}.*save_pretrained"):
         find_weights(tmp_path, "m")
-    with pytest.raises(CheckpointError, match=f"{name}.*latentdiff convert"):
+    with pytest.raises(CheckpointError, match=f"{name}.*save_pretrained"):
         open_file(tmp_path / name)
 
 
@@ -237,15 +237,49 @@ def test_new_directory_appears_only_when_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def files_of(directory):
+    """Path -> text of every file below."""
+    return {path.relative_to(directory).as_posix(): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def write_files(directory, *names, text="old"):
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+
+
 def test_overwriting_keeps_what_stands_beside_the_model(tmp_path):
     model = tmp_path / "model"
-    (model / "unet").mkdir(parents=True)
-    for name in ("model_index.json", "README.md", "old.bin", "unet/config.json"):
-        (model / name).write_text("old")
+    beside = (".git/config", ".gitattributes", "README.md", "metadata.json", "samples/a.png", "v1-5.ckpt")
+    write_files(model, "model_index.json", "unet/config.json", "unet/old.bin", *beside)
     with replaced_directory(model, overwrite=True) as fresh:
-        (fresh / "model_index.json").write_text("new")
-    assert {path.name: path.read_text() for path in model.iterdir()} == {"model_index.json": "new", "README.md": "old"}
+        write_files(fresh, "model_index.json", "unet/config.json", text="new")
+    assert files_of(model) == {"model_index.json": "new", "unet/config.json": "new", **dict.fromkeys(beside, "old")}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_overwriting_a_component_takes_its_older_weights_away(tmp_path):
+    older = (
+        "m.bin",
+        "m.fp16.safetensors",
+        "m.safetensors.index.json",
+        "m.safetensors.index.fp16.json",
+        "m-00001-of-00002.safetensors",
+        "m.fp16-00001-of-00002.safetensors",
+    )
+    beside = ("my.safetensors", "mm.bin", "m.json", "m.txt")
+    write_files(tmp_path, "config.json", "m.safetensors", *older, *beside)
+    with replaced_directory(tmp_path, overwrite=True) as fresh:
+        write_files(fresh, "config.json", "m.safetensors", text="new")
+    assert files_of(tmp_path) == {"config.json": "new", "m.safetensors": "new", **dict.fromkeys(beside, "old")}
+
+
+def test_folder_of_a_components_name_is_kept_where_there_is_no_model_index(tmp_path):
+    write_files(tmp_path, "config.json", "unet/model.py")
+    with pytest.raises(FileExistsError, match="unet, but no `model_index.json`"):
+        with replaced_directory(tmp_path, overwrite=True):
+            pass
+    assert set(files_of(tmp_path)) == {"config.json", "unet/model.py"}
 
 
 def test_failed_overwriting_leaves_the_old_model(tmp_path):
@@ -255,10 +289,19 @@ def test_failed_overwriting_leaves_the_old_model(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_directory_with_files_is_not_replaced_unless_it_is_a_model(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    for overwrite, message in ((False, "not empty"), (True, "no model")):
-        with pytest.raises(FileExistsError, match=message), replaced_directory(tmp_path, overwrite):
-            pass
-    with pytest.raises(FileExistsError, match="is a file"), replaced_directory(tmp_path / "thesis.txt"):
+def test_directory_with_files_takes_a_model_only_when_that_is_asked_for(tmp_path):
+    write_files(tmp_path, "LICENSES.md")
+    with pytest.raises(FileExistsError, match="not empty"), replaced_directory(tmp_path):
         pass
+    with pytest.raises(FileExistsError, match="is a file"), replaced_directory(tmp_path / "LICENSES.md"):
+        pass
+    with replaced_directory(tmp_path, overwrite=True) as fresh:
+        write_files(fresh, "model_index.json", text="new")
+    assert files_of(tmp_path) == {"LICENSES.md": "old", "model_index.json": "new"}
+
+
+def test_weights_without_a_configuration_are_not_replaced(tmp_path):
+    write_files(tmp_path, "thesis.ckpt")
+    with pytest.raises(FileExistsError, match="thesis.ckpt, but no configuration"):
+        check_replaceable(tmp_path, overwrite=True)
+    assert set(files_of(tmp_path)) == {"thesis.ckpt"}

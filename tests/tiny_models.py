@@ -35,8 +35,8 @@ def numbers(*shape, seed=0, scale=1.0):
 
 
 def to_numpy(array):
-    # NumPy 2 warns of what Keras does with a variable.
-    return np.asarray(keras.ops.convert_to_numpy(array.value if isinstance(array, keras.Variable) else array))
+    """A copy of a tensor or a variable; `convert_to_numpy` of a variable makes NumPy 2 warn."""
+    return np.array(np.asarray(array) if isinstance(array, keras.Variable) else keras.ops.convert_to_numpy(array))
 
 
 def relative_error(ours, theirs):

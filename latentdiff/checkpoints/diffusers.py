@@ -159,6 +159,23 @@ def key_map(kind: str, config: Mapping[str, Any]) -> list[Entry]:
     return KINDS[kind].module.key_map(config)
 
 
+def config_fields(
+    kind: str, config: Mapping[str, Any], dtype: str = "float32", details: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `config.json` says of a component; the arguments are those of `write_component`.
+
+    Raises:
+        ValueError: If diffusers cannot express `config`, or its files have no such dtype.
+    """
+    _check_kind(kind)
+    if dtype not in _DTYPE_CODES:
+        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPE_CODES)}. Received: dtype={dtype!r}")
+    fields = KINDS[kind].module.write_config(config, details or {})
+    if KINDS[kind].library == "diffusers":
+        fields["_diffusers_version"] = VERSION
+    return fields
+
+
 def write_component(
     directory: str | os.PathLike,
     kind: str,
@@ -181,20 +198,19 @@ def write_component(
         overwrite: Whether an existing component's directory may be replaced.
 
     Raises:
-        FileExistsError: If the directory has files and `overwrite` is false.
+        FileExistsError: If the directory has files and `overwrite` is false, or is a whole pipeline's.
         ValueError: If diffusers cannot express `config`, or `arrays` are not the component's.
         CheckpointError: If an array holds NaN, infinity, or a number too large for `dtype`.
     """
-    _check_kind(kind)
-    if dtype not in _DTYPE_CODES:
-        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPE_CODES)}. Received: dtype={dtype!r}")
-    fields = KINDS[kind].module.write_config(config, details or {})
-    if KINDS[kind].library == "diffusers":
-        fields["_diffusers_version"] = VERSION
+    fields = config_fields(kind, config, dtype, details)
     entries = sorted(key_map(kind, config), key=lambda entry: entry.keys[0])
     _check_arrays(entries, arrays)
     target = as_dtype(dtype)
     assert target is not None
+    if (Path(directory) / "model_index.json").is_file():
+        raise FileExistsError(
+            f"A component has a directory of its own. `{directory}` is a whole pipeline's, with `{KINDS[kind].folder}`."
+        )
     with replaced_directory(directory, overwrite) as fresh:
         write_json(fresh / "config.json", fields)
         write_file(
@@ -219,6 +235,9 @@ def read_pipeline_index(directory: str | os.PathLike) -> PipelineIndex:
     if name not in PIPELINES:
         raise CheckpointError(f"`{path}` must be of {' or '.join(PIPELINES)}. Received: {name!r:.80}")
     parts = {part: value for part, value in values.items() if isinstance(value, list) and value != [None, None]}
+    for part, value in parts.items():
+        if len(value) != 2 or not all(isinstance(word, str) for word in value):
+            raise CheckpointError(f"`{path}`: `{part}` must be [library, class]. Received: {value!r:.200}")
     expected = {kind.folder: kind.class_names for kind in KINDS.values()}
     for part, classes in expected.items():
         if part in parts and parts[part][-1] not in classes:

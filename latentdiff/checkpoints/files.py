@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections import Counter
@@ -13,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a sharded model is a hundredth of this
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
+# Formats that hold Python pickles: reading one can run whatever program its author put there.
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".msgpack", ".h5", ".onnx")
 MODEL_FILES = ("model_index.json", "config.json", "scheduler_config.json")
+COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 class CheckpointError(ValueError):
     """A model directory whose content cannot be used; the message names the file and what is wrong."""
+
+
+def pickle_message(received: str) -> str:
+    """What is said of pickled weights, wherever they turn up."""
+    return (
+        f"Weights must be safetensors; a pickle can run any program and is never opened. Received: {received}. "
+        "diffusers writes safetensors: `pipe.save_pretrained(directory, safe_serialization=True)`."
+    )
 
 
 def parse_json(text: bytes, source: str) -> dict[str, Any]:
@@ -74,18 +86,19 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside `target` to write into, which takes its place when the block ends well.
 
-    When the block raises, the new directory is removed and `target` is as it was. What an overwritten model directory
-    holds beside its model (a README, a licence) moves into the new one.
+    When the block raises, the new directory is removed and `target` is as it was. Of an overwritten model directory
+    only that goes which the new one has too: entries of the same names, folders whole, and weights of the same stems,
+    for example older shards. Everything else, a README, pictures, a `.git`, moves into the new one.
 
     Args:
         target: The directory that is to exist afterwards.
         overwrite: Whether an existing model directory may be replaced.
 
     Raises:
-        FileExistsError: If `target` holds files and `overwrite` is false, or holds no model.
+        FileExistsError: As `check_replaceable`.
     """
     target = Path(target).resolve()
-    _check_replaceable(target, overwrite)
+    check_replaceable(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     fresh = target.with_name(f".{target.name}.{mark}.new")
@@ -101,6 +114,8 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
         fresh.rename(target)
         _sync_directory(target.parent)
         return
+    written = set(os.listdir(fresh))
+    stems = [_weights_of_stem(name.removesuffix(".safetensors")) for name in written if name.endswith(".safetensors")]
     former = target.with_name(f".{target.name}.{mark}.old")
     target.rename(former)
     try:
@@ -109,13 +124,24 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
         former.rename(target)
         raise
     for entry in former.iterdir():
-        if _stands_beside_a_model(entry) and not (target / entry.name).exists():
+        if entry.name not in written and not any(pattern.fullmatch(entry.name) for pattern in stems):
             entry.rename(target / entry.name)
     _sync_directory(target.parent)
     shutil.rmtree(former)
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_replaceable(target: str | os.PathLike, overwrite: bool = False) -> None:
+    """Checks that a model may be written to `target`, as a long computation wants to know before it begins.
+
+    Args:
+        target: The directory that is to exist afterwards.
+        overwrite: Whether an existing model may be replaced, and other files may stand beside the new one.
+
+    Raises:
+        FileExistsError: If `target` is a file; if it holds files and `overwrite` is false; or if it holds weights or a
+            component's folder that belong to no model.
+    """
+    target = Path(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -124,12 +150,23 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"`{target}` exists and is not empty. Remove it, or save with overwrite=True.")
-    if not any((target / name).is_file() for name in MODEL_FILES):
-        raise FileExistsError(f"Only a model directory is overwritten. `{target}` holds files, but no model.")
+    weights = sorted(path.name for path in target.iterdir() if path.name.endswith(WEIGHT_SUFFIXES))
+    if weights and not any((target / name).is_file() for name in MODEL_FILES):
+        raise FileExistsError(
+            f"Only a model directory is overwritten. `{target}` holds {', '.join(weights):.200}, but no configuration."
+        )
+    # Without a model's index these may be anybody's: a project's own folder `unet` of source code, for one.
+    folders = [name for name in COMPONENT_FOLDERS if (target / name).exists()]
+    if folders and not (target / "model_index.json").is_file():
+        raise FileExistsError(
+            f"Only a model directory is overwritten. `{target}` has {', '.join(folders)}, but no `model_index.json`."
+        )
 
 
-def _stands_beside_a_model(entry: Path) -> bool:
-    return entry.is_file() and not entry.name.endswith(WEIGHT_SUFFIXES) and entry.suffix != ".json"
+def _weights_of_stem(stem: str) -> re.Pattern[str]:
+    """Names of a stem's weights of any variant, shard and format, and of their indices."""
+    suffixes = "|".join(re.escape(suffix) for suffix in WEIGHT_SUFFIXES)
+    return re.compile(rf"{re.escape(stem)}([.-][A-Za-z0-9_-]+)?({suffixes})(\.index(\.\w+)?\.json)?")
 
 
 def _sync_directory(path: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from latentdiff.checkpoints.files import CheckpointError, parse_json, read_json
+from latentdiff.checkpoints.files import PICKLE_SUFFIXES, CheckpointError, parse_json, pickle_message, read_json
 
 HEADER_LIMIT = 100_000_000  # bytes, the format's own bound
 ITEM_BYTES = {
@@ -45,7 +45,6 @@ ITEM_BYTES = {
     "C64": 8,
 }
 FLOATS = {"F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def find_weights(directory: Path, stem: str, variant: str | None = None) -> Path
         variant: For example "fp16", for `stem.fp16.safetensors`.
 
     Raises:
-        FileNotFoundError: If there are none; pickled weights are named with the command that converts them.
+        FileNotFoundError: If there are none; pickled weights are an error that says what to do.
         CheckpointError: If there are several variants and none was asked for.
     """
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
@@ -191,7 +190,7 @@ def find_weights(directory: Path, stem: str, variant: str | None = None) -> Path
         raise FileNotFoundError(f"`{directory}` must have `{wanted}`. Its variants: {present}")
     pickles = [name for name in sorted(os.listdir(directory)) if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
-        raise CheckpointError(_pickle_message(directory, pickles))
+        raise CheckpointError(pickle_message(f"{', '.join(pickles)} in `{directory}`"))
     raise FileNotFoundError(f"`{directory}` must have `{wanted}`, or shards with an index. There are no weights in it.")
 
 
@@ -233,16 +232,9 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
         raise CheckpointError(f"`{path}` is a Git LFS pointer and not the weights. Fetch them with `git lfs pull`.")
     is_zip = start[:4] == b"PK\x03\x04" and start[4:] != bytes(4)  # what torch.save writes; no header is that long
     if is_zip or path.name.endswith(PICKLE_SUFFIXES):
-        raise CheckpointError(_pickle_message(path.parent, [path.name]))
+        raise CheckpointError(pickle_message(f"`{path}`"))
     if size < 8:
         raise CheckpointError(f"`{path}` is truncated: a safetensors file has at least 8 bytes. Received: {size}")
-
-
-def _pickle_message(directory: Path, names: list[str]) -> str:
-    return (
-        f"Weights must be safetensors; a pickle can run any code and is never opened. Received: {', '.join(names)} in"
-        f" `{directory}`. Convert it: latentdiff convert {directory} OUTPUT"
-    )
 
 
 def _check_header(header: dict, content_size: int, path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:

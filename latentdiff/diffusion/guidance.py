@@ -7,7 +7,6 @@ the conditional model. Rescaling is Lin et al. 2023, section 3.4, arXiv:2305.088
 2024, arXiv:2404.07724.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from keras import ops
@@ -80,14 +79,18 @@ class Guided:
 
     def _output(self, x_t: Any, timestep: Any, signal: Any, noise: Any) -> Any:
         if self.interval is None:
-            unconditional, conditional = self._both(x_t, timestep)
-            return guide(conditional, unconditional, self.scale, self.rescale)
+            return self._guided(x_t, timestep)
 
-        is_inside = self._is_inside(signal, noise)
-        if self.conditional is not None and len(is_inside.shape) == 0:
-            return ops.cond(is_inside, self._guided_branch(x_t, timestep), self._conditional_branch(x_t, timestep))
+        is_inside = _is_inside(self.interval, signal, noise)
+        skip_to = self.conditional
+        if skip_to is not None and len(is_inside.shape) == 0:
+            return ops.cond(is_inside, lambda: self._guided(x_t, timestep), lambda: skip_to.output(x_t, timestep))
         unconditional, conditional = self._both(x_t, timestep)
         return ops.where(is_inside, guide(conditional, unconditional, self.scale, self.rescale), conditional)
+
+    def _guided(self, x_t: Any, timestep: Any) -> Any:
+        unconditional, conditional = self._both(x_t, timestep)
+        return guide(conditional, unconditional, self.scale, self.rescale)
 
     def _both(self, x_t: Any, timestep: Any) -> tuple[Any, Any]:
         timestep = ops.broadcast_to(ops.cast(timestep, "float32"), (ops.shape(x_t)[0],))
@@ -95,26 +98,6 @@ class Guided:
         output = self.denoiser.output(twice, ops.concatenate([timestep, timestep], axis=0))
         unconditional, conditional = ops.split(output, 2, axis=0)
         return unconditional, conditional
-
-    def _is_inside(self, signal: Any, noise: Any) -> Any:
-        low, high = (as_float32(end) for end in self.interval)
-        has_signal = signal > 0
-        ratio = noise / ops.where(has_signal, signal, ops.ones_like(signal))
-        level = ops.where(has_signal, ratio, float("inf"))
-        return ops.logical_and(low <= level, level <= high)
-
-    def _guided_branch(self, x_t: Any, timestep: Any) -> Callable[[], Any]:
-        def branch() -> Any:
-            unconditional, conditional = self._both(x_t, timestep)
-            return guide(conditional, unconditional, self.scale, self.rescale)
-
-        return branch
-
-    def _conditional_branch(self, x_t: Any, timestep: Any) -> Callable[[], Any]:
-        def branch() -> Any:
-            return self.conditional.output(x_t, timestep)
-
-        return branch
 
 
 def guide(conditional: Any, unconditional: Any, scale: Any, rescale: Any = 0.0) -> Any:
@@ -147,3 +130,11 @@ def guide(conditional: Any, unconditional: Any, scale: Any, rescale: Any = 0.0) 
     factor = ops.where(std_guided > 0, std_conditional / std_safe, ops.ones_like(std_guided))
     rescale = per_example(rescale, guided)
     return rescale * (factor * guided) + (1.0 - rescale) * guided
+
+
+def _is_inside(interval: tuple[Any, Any], signal: Any, noise: Any) -> Any:
+    low, high = (as_float32(end) for end in interval)
+    has_signal = signal > 0
+    ratio = noise / ops.where(has_signal, signal, ops.ones_like(signal))
+    level = ops.where(has_signal, ratio, float("inf"))
+    return ops.logical_and(low <= level, level <= high)

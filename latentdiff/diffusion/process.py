@@ -29,11 +29,17 @@ class GaussianDiffusion:
         prediction: "eps", "v" or "x0".
 
     Raises:
-        ValueError: if `prediction` is none of these.
+        ValueError: if `prediction` is none of these; if it is "eps" where the schedule leaves no signal at T, as eps
+            says nothing about x0 there.
     """
 
     def __init__(self, schedule: Schedule, prediction: str = "eps"):
         check_prediction(prediction)
+        if prediction == "eps" and schedule.signal[-1] == 0:
+            raise ValueError(
+                '`prediction` must be "v" or "x0" where no signal is left at the last time. '
+                f"Received: prediction={prediction!r}, {schedule}."
+            )
         self.schedule = schedule
         self.prediction = prediction
 
@@ -71,7 +77,8 @@ class GaussianDiffusion:
         """
         x0, x_t = as_float32(x0), as_float32(x_t)
         self._check_times(t, 1)
-        s = t - 1 if s is None else s
+        if s is None:
+            s = (np.asarray(t) if _is_concrete(t) else t) - 1
         self._check_times(s, 0)
         if _is_concrete(t) and _is_concrete(s) and not np.all(np.asarray(s) < np.asarray(t)):
             raise ValueError(f"`s` must be before `t`. Received: s={s}, t={t}.")
@@ -129,8 +136,8 @@ class GaussianDiffusion:
         Args:
             t: (B,) int in 1..T.
             kind: "uniform" is 1 (Ho's simple loss, eq. 14, where eps is predicted). "min_snr" is min(snr, gamma) in
-                terms of x0: divided by snr for eps, by snr + 1 for v. Where the signal is 0 that is 1 for eps and 0
-                for v.
+                terms of x0: divided by snr for eps, by snr + 1 for v. Where the signal is 0 that is 0 for both
+                of v and x0.
             gamma: where the signal-to-noise ratio is cut, positive.
 
         Returns:

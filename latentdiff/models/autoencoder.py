@@ -11,7 +11,9 @@ from keras import ops
 from latentdiff.models.layers import AttentionBlock, Downsample, ResnetBlock, Upsample, conv, group_norm, register
 
 
-def build_encoder(channels, blocks_per_level, latent_channels, image_channels, groups, norm_epsilon, mid_attention, dtype):
+def build_encoder(
+    channels, blocks_per_level, latent_channels, image_channels, groups, norm_epsilon, mid_attention, dtype
+):
     """The model image (B, H, W, C) in [-1, 1] -> moments (B, h, w, 2 latent_channels): mean, then log variance."""
     image = keras.Input((None, None, image_channels), name="image", dtype="float32")
     x = conv(channels[0], 3, "conv_in", dtype)(image)
@@ -27,7 +29,9 @@ def build_encoder(channels, blocks_per_level, latent_channels, image_channels, g
     return keras.Model(image, x, name="encoder")
 
 
-def build_decoder(channels, blocks_per_level, latent_channels, image_channels, groups, norm_epsilon, mid_attention, dtype):
+def build_decoder(
+    channels, blocks_per_level, latent_channels, image_channels, groups, norm_epsilon, mid_attention, dtype
+):
     """The model unscaled latent (B, h, w, latent_channels) -> image (B, H, W, C) in [-1, 1]."""
     latent = keras.Input((None, None, latent_channels), name="latent", dtype="float32")
     x = conv(latent_channels, 1, "post_quant_conv", dtype)(latent)
@@ -93,7 +97,16 @@ class Autoencoder(keras.Model):
         name: str = "autoencoder",
         dtype=None,
     ):
-        sizes = (channels, blocks_per_level, latent_channels, image_channels, groups, norm_epsilon, mid_attention, dtype)
+        sizes = (
+            channels,
+            blocks_per_level,
+            latent_channels,
+            image_channels,
+            groups,
+            norm_epsilon,
+            mid_attention,
+            dtype,
+        )
         encoder, decoder = build_encoder(*sizes), build_decoder(*sizes)
         mean = encoder.output[..., :latent_channels]
         super().__init__(encoder.input, decoder(mean), name=name)
@@ -148,8 +161,15 @@ class Autoencoder(keras.Model):
         return cls(**config)
 
     @classmethod
-    def from_preset(cls, preset: str, norm_epsilon: float | None = None, dtype: str | None = None) -> "Autoencoder":
+    def from_preset(
+        cls,
+        preset: str,
+        norm_epsilon: float | None = None,
+        dtype: str | None = None,
+        *,
+        variant: str | None = None,
+    ) -> "Autoencoder":
         """The autoencoder of a pipeline's directory, or of the component's own; see `presets.load_autoencoder`."""
         from latentdiff import presets
 
-        return presets.load_autoencoder(preset, norm_epsilon=norm_epsilon, dtype=dtype)
+        return presets.load_autoencoder(preset, norm_epsilon=norm_epsilon, dtype=dtype, variant=variant)

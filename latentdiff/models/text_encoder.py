@@ -12,7 +12,7 @@ from latentdiff.models.layers import PositionEmbedding, TextLayer, embedding_ini
 class CLIPTextEncoder(keras.Model):
     """The text transformer of CLIP up to its final norm, a functional model.
 
-    The defaults are those of CLIP ViT-L/14, Stable Diffusion 1.x; SD 2.x has width 1024, 23 layers, 16 heads and "gelu".
+    The defaults are those of CLIP ViT-L/14, Stable Diffusion 1.x; SD 2.x has width 1024, 23 layers, 16 heads, "gelu".
 
     Args:
         vocabulary_size: how many tokens there are.
@@ -79,8 +79,8 @@ class CLIPTextEncoder(keras.Model):
         return cls(**config)
 
     @classmethod
-    def from_preset(cls, preset: str, dtype: str | None = None) -> "CLIPTextEncoder":
+    def from_preset(cls, preset: str, dtype: str | None = None, *, variant: str | None = None) -> "CLIPTextEncoder":
         """The text encoder of a pipeline's directory, or of the component's own; see `presets.load_text_encoder`."""
         from latentdiff import presets
 
-        return presets.load_text_encoder(preset, dtype=dtype)
+        return presets.load_text_encoder(preset, dtype=dtype, variant=variant)

@@ -121,6 +121,13 @@ class CLIPTokenizer:
         self._engine = self._make_engine()
 
     @classmethod
+    def from_preset(cls, preset: str | os.PathLike) -> "CLIPTokenizer":
+        """The tokenizer of a name in `weights/`, a pipeline's directory, or its own; see `from_directory`."""
+        from latentdiff.catalogue import resolve_preset
+
+        return cls.from_directory(resolve_preset(preset))
+
+    @classmethod
     def from_directory(cls, path: str | os.PathLike, *, context_length: int | None = None) -> "CLIPTokenizer":
         """The tokenizer of a directory: `vocab.json` with `merges.txt`, or `tokenizer.json`.
 

@@ -1,6 +1,7 @@
 """The UNet: (latent, timestep, context) -> prediction.
 
-References: Ho et al. 2020, appendix B, arXiv:2006.11239; Rombach et al. 2022, sec. 3.3 and appendix E, arXiv:2112.10752.
+References: Ho et al. 2020, appendix B, arXiv:2006.11239; Rombach et al. 2022, sec. 3.3 and appendix E,
+arXiv:2112.10752.
 """
 
 from collections.abc import Sequence
@@ -145,11 +146,11 @@ class UNet(keras.Model):
         return cls(**config)
 
     @classmethod
-    def from_preset(cls, preset: str, dtype: str | None = None) -> "UNet":
+    def from_preset(cls, preset: str, dtype: str | None = None, *, variant: str | None = None) -> "UNet":
         """The UNet of a pipeline's directory, or of the component's own; see `latentdiff.presets.load_unet`."""
         from latentdiff import presets
 
-        return presets.load_unet(preset, dtype=dtype)
+        return presets.load_unet(preset, dtype=dtype, variant=variant)
 
 
 def per_level(name: str, value, levels: int) -> list:

@@ -1,11 +1,11 @@
 """Draws the pictures that the model is judged by, and sheets of them beside the true ones.
 
-usage: python scripts/emoji/draw.py [--data data/emoji] [--preset emoji] [--output runs/emoji/drawn] [--seen 500] [--held-out 499]
+usage: python scripts/emoji/draw.py [--data data/emoji] [--preset emoji] [--output runs/emoji/drawn]
 Then   python scripts/emoji/judge_emoji.py data/emoji/gallery runs/emoji/drawn
 
 Every held-out pair and the first seen ones, in the order of the split's hash, one picture each: the model's defaults,
 seed 0, as they come. The sheets, OUTPUT/seen.png and OUTPUT/held_out.png, show the first of each, the true drawing
-above what the model drew.
+above what the model drew. Another model's pictures are removed first: OUTPUT/model.sha256 says whose they are.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from PIL import Image
 from records import Record, read_index
 
 import latentdiff as ld
+from latentdiff.catalogue import resolve_preset
 
 COLUMNS, ROWS = 10, 4
 
@@ -25,6 +26,18 @@ COLUMNS, ROWS = 10, 4
 def hash_of(record: Record) -> bytes:
     """What the split is drawn by, as `judge_emoji.held_out` has it."""
     return hashlib.sha256(f"{record.codepoints}/{record.style}".encode()).digest()
+
+
+def start(output: pathlib.Path, preset: str) -> None:
+    """Empties OUTPUT of another model's pictures."""
+    files = sorted(resolve_preset(preset).glob("*/*.safetensors"))
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    stamp = output / "model.sha256"
+    if not stamp.exists() or stamp.read_text() != digest:
+        for picture in output.glob("*/*.png"):
+            picture.unlink()
+        output.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(digest)
 
 
 def draw(pipe: ld.TextToImage, records: list[Record], output: pathlib.Path, batch_size: int) -> None:
@@ -58,6 +71,7 @@ def main(data: pathlib.Path, preset: str, output: pathlib.Path, seen: int, held_
         "seen": [r for r in records if not (r.held_out or r.validation)][:seen],
         "held_out": [r for r in records if r.held_out][:held_out],
     }
+    start(output, preset)
     pipe = ld.TextToImage.from_preset(preset)
     for name, part in chosen.items():
         if part:

@@ -2,7 +2,7 @@
 
 usage: python scripts/emoji/train_autoencoder.py [--data data/emoji] [--output runs/emoji] [--steps 3000]
 Nine tenths of the steps see random crops of half the size, which cost a quarter each, the rest whole pictures.
-Goes on from OUTPUT/autoencoder.npz where that exists; writes OUTPUT/autoencoder.keras at the end.
+Goes on from OUTPUT/autoencoder.npz where that exists; writes OUTPUT/autoencoder, a diffusers directory, at the end.
 """
 
 import argparse
@@ -12,7 +12,10 @@ import pathlib
 import keras
 import numpy as np
 
+from latentdiff.backend import to_numpy
+from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.presets import named_variables
 from latentdiff.training import AutoencoderTraining, Checkpoint
 
 CONFIG = {"channels": (16, 32, 96, 128), "blocks_per_level": 1, "groups": 8}
@@ -45,7 +48,9 @@ class Images(keras.utils.PyDataset):
         chosen = self.rows[[order[p][i] for p, i in zip(passes, within, strict=True)]]
         margin = self.images.shape[1] - self.size
         corners = np.random.default_rng((self.seed, 1, int(places[0]))).integers(0, margin + 1, (len(chosen), 2))
-        crops = [self.images[c, y : y + self.size, x : x + self.size] for c, (y, x) in zip(chosen, corners, strict=True)]
+        crops = [
+            self.images[c, y : y + self.size, x : x + self.size] for c, (y, x) in zip(chosen, corners, strict=True)
+        ]
         return (np.stack(crops).astype("float32") / 127.5 - 1,)
 
 
@@ -67,10 +72,10 @@ def main(data: pathlib.Path, output: pathlib.Path, steps: int, batch_size: int, 
     cropped = steps * 9 // 10
     for size, first, last in ((64, first_step, cropped), (128, max(first_step, cropped), steps)):
         if first < last:
-            model.fit(Images(images, train, batch_size, size, first, last), callbacks=[checkpoint])
-            checkpoint.save()
+            model.fit(Images(images, train, batch_size, size, first, last), callbacks=[checkpoint], shuffle=False)
     print("validation:", model.evaluate(held, batch_size=16, verbose=0, return_dict=True))
-    autoencoder.save(output / "autoencoder.keras")
+    arrays = {path: to_numpy(variable) for path, variable in named_variables(autoencoder)}
+    write_component(output / "autoencoder", "autoencoder", autoencoder.config, arrays, overwrite=True)
 
 
 if __name__ == "__main__":

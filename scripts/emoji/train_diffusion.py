@@ -1,11 +1,12 @@
 """Trains the emoji model's UNet and text encoder on the autoencoder's latents, with `fit`; writes the model directory.
 
-usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--steps 20000] [--preset weights/emoji]
-Goes on from OUTPUT/diffusion.npz where that exists. The latents are made once, from OUTPUT/autoencoder.keras, and kept
-in OUTPUT/latents.npz.
+usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--preset runs/emoji/model]
+Goes on from OUTPUT/diffusion.npz where that exists. The latents of OUTPUT/autoencoder are made once and kept in
+OUTPUT/latents.npz, together with the digest of the weights and the pictures that they were made from.
 """
 
 import argparse
+import hashlib
 import pathlib
 
 import keras
@@ -68,14 +69,21 @@ def make_latents(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
     return np.concatenate([to_numpy(encode(part), "float32") for part in parts])
 
 
-def latents_of(output: pathlib.Path, autoencoder: Autoencoder, images: np.ndarray, train: np.ndarray):
-    """(latents, scaling factor), kept from an earlier call or made now; the factor gives training latents variance one."""
-    path = output / "latents.npz"
-    if not path.exists():
-        latents = make_latents(autoencoder, images)
-        np.savez(path, latents=latents, scaling_factor=1 / latents[train].std())
-    with np.load(path, allow_pickle=False) as kept:
-        return kept["latents"] * kept["scaling_factor"], float(kept["scaling_factor"])
+def latents_of(output: pathlib.Path, data: pathlib.Path, train: np.ndarray):
+    """(latents, scaling factor), kept from before or made now; the factor gives training latents variance one."""
+    path, weights = output / "latents.npz", next((output / "autoencoder").glob("*.safetensors"))
+    digest = hashlib.sha256(weights.read_bytes() + (data / "index.jsonl").read_bytes()).hexdigest()
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["digest"]) == digest:
+                return kept["latents"] * kept["scaling_factor"], float(kept["scaling_factor"])
+    autoencoder = Autoencoder.from_preset(str(output / "autoencoder"), dtype="float32")
+    latents = make_latents(autoencoder, np.load(data / "images.npy", mmap_mode="r"))
+    scaling_factor = 1 / latents[train].std()
+    aside = path.with_suffix(".part.npz")
+    np.savez(aside, latents=latents, scaling_factor=scaling_factor, digest=digest)
+    aside.replace(path)
+    return latents * scaling_factor, float(scaling_factor)
 
 
 def shares_of(records: list[Record]) -> np.ndarray:
@@ -91,9 +99,8 @@ def main(
     records = read_index(data / "index.jsonl")
     train = np.array([i for i, r in enumerate(records) if not (r.held_out or r.validation)])
     keras.utils.set_random_seed(1)
-    trained = keras.models.load_model(output / "autoencoder.keras", compile=False)
-    images = np.load(data / "images.npy", mmap_mode="r")
-    latents, scaling_factor = latents_of(output, trained, images, train)
+    latents, scaling_factor = latents_of(output, data, train)
+    trained = Autoencoder.from_preset(str(output / "autoencoder"), dtype="float32")
     autoencoder = Autoencoder(**{**trained.config, "scaling_factor": round(scaling_factor, 5)})
     autoencoder.set_weights(trained.get_weights())
     tokenizer = CLIPTokenizer.from_directory(data / "tokenizer", context_length=CONTEXT_LENGTH)
@@ -114,8 +121,7 @@ def main(
     print(f"{unet.count_params():,} + {text_encoder.count_params():,} + {autoencoder.count_params():,} parameters")
     if first_step < steps:
         batches = CaptionedLatents(latents, tokens, train, shares, batch_size, first_step, steps)
-        model.fit(batches, callbacks=[checkpoint])
-        checkpoint.save()
+        model.fit(batches, callbacks=[checkpoint], shuffle=False)
     size = latents.shape[1:3]
     parts = presets.Parts(tokenizer, text_encoder, unet, autoencoder, SETTINGS, (int(size[0]), int(size[1])))
     presets.save_pipeline(parts, preset, dtype="float16", overwrite=True)
@@ -125,7 +131,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, default="data/emoji")
     parser.add_argument("--output", type=pathlib.Path, default="runs/emoji")
-    parser.add_argument("--preset", type=pathlib.Path, default="weights/emoji")
+    parser.add_argument("--preset", type=pathlib.Path, default="runs/emoji/model")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
