@@ -22,14 +22,6 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import MAX_SEED, normal, split_seeds
 from latentdiff.diffusion.samplers import SamplerTable, initial_state, make_table, step
-from latentdiff.diffusion.schedule import (
-    Schedule,
-    cosine_schedule,
-    linear_schedule,
-    scaled_linear_schedule,
-    schedule_from_betas,
-    with_zero_terminal_snr,
-)
 
 OUTPUTS = ("image", "latent")
 
@@ -51,7 +43,7 @@ class TextToImage:
         self.tokenizer, self.text_encoder = parts.tokenizer, parts.text_encoder
         self.unet, self.autoencoder = parts.unet, parts.autoencoder
         self.settings = parts.settings
-        self.schedule = make_schedule(parts.settings)
+        self.schedule = presets.make_schedule(parts.settings)
         self._encode = Compiled(self.text_encoder, [self.text_encoder])
         self._decode = Compiled(self._image, [self.autoencoder])
         self._normal = Compiled(self._noise, [])
@@ -286,19 +278,6 @@ class _Run:
         if self.noise is not None and k < len(self.noise):
             return ops.convert_to_tensor(self.noise[k])
         return self.pipeline._normal(self.seeds, np.int32(k), self.like)
-
-
-def make_schedule(settings: presets.SamplerSettings) -> Schedule:
-    """The schedule that a directory's settings stand for."""
-    T = settings.num_timesteps
-    if settings.schedule == "betas":
-        schedule = schedule_from_betas(settings.betas or ())
-    elif settings.schedule == "cosine":
-        schedule = cosine_schedule(T)
-    else:
-        make = linear_schedule if settings.schedule == "linear" else scaled_linear_schedule
-        schedule = make(T, settings.beta_start, settings.beta_end)
-    return with_zero_terminal_snr(schedule) if settings.zero_terminal_snr else schedule
 
 
 def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]:

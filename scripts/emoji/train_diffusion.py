@@ -17,12 +17,12 @@ from records import Record, read_index
 from latentdiff import presets
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
+from latentdiff.checkpoints.files import check_replaceable
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
-from latentdiff.pipeline import make_schedule
 from latentdiff.training import Checkpoint, DiffusionTraining
 
 CONTEXT_LENGTH = 32
@@ -96,6 +96,7 @@ def shares_of(records: list[Record]) -> np.ndarray:
 def main(
     data: pathlib.Path, output: pathlib.Path, preset: pathlib.Path, steps: int, batch_size: int, learning_rate: float
 ) -> None:
+    check_replaceable(preset, overwrite=True)
     records = read_index(data / "index.jsonl")
     train = np.array([i for i, r in enumerate(records) if not (r.held_out or r.validation)])
     keras.utils.set_random_seed(1)
@@ -109,7 +110,7 @@ def main(
 
     text_encoder = CLIPTextEncoder(tokenizer.vocabulary_size, CONTEXT_LENGTH, **TEXT_ENCODER)
     unet = UNet(**UNET, context_dim=TEXT_ENCODER["width"])
-    diffusion = GaussianDiffusion(make_schedule(SETTINGS), SETTINGS.prediction)
+    diffusion = GaussianDiffusion(presets.make_schedule(SETTINGS), SETTINGS.prediction)
     model = DiffusionTraining(unet, text_encoder, diffusion, tokenizer("")[0])
     rate = keras.optimizers.schedules.CosineDecay(0.0, steps, 0.02, warmup_target=learning_rate, warmup_steps=200)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=1e-2, beta_2=0.99, clipnorm=1.0)
