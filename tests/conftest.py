@@ -2,6 +2,9 @@
 
 import pytest
 
+# Before any test imports Keras: latentdiff decides how TensorFlow computes, which is read when that is first imported.
+import latentdiff  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def tiny_pipe():

@@ -55,7 +55,7 @@ def test_picture_has_the_models_own_size_and_grey_levels(generate):
 
 
 def test_height_and_width_are_the_pictures(generate):
-    assert generate("a cat", height=6, width=10, num_steps=1).shape == (1, 6, 10, 3)
+    assert generate("a cat", height=6, width=10, num_steps=1, guidance_scale=1).shape == (1, 6, 10, 3)
 
 
 def test_images_come_in_the_order_of_the_prompts(generate):
@@ -122,6 +122,7 @@ def in_another_process(backend, directory, target):
 
 
 def test_same_seed_makes_the_same_bits_in_another_process(generate, tiny_directory, tmp_path):
+    """Which opens what this one saved."""
     theirs = in_another_process(keras.backend.backend(), tiny_directory, tmp_path / "out.npz")
     np.testing.assert_array_equal(generate(output="latent"), theirs["latent"])
     np.testing.assert_array_equal(generate(), theirs["image"])

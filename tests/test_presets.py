@@ -21,11 +21,6 @@ FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
 CLASSES = {"unet": "UNet", "autoencoder": "Autoencoder", "text_encoder": "CLIPTextEncoder"}
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_directory):
-    return ld.TextToImage.from_preset(tiny_directory, dtype="float32")
-
-
 @pytest.fixture
 def copied(tiny_directory, tmp_path):
     """A copy of the directory, to be spoilt."""
@@ -46,22 +41,17 @@ def weights(network):
     return {path: to_numpy(variable) for path, variable in presets.named_variables(network)}
 
 
-def test_saved_pipeline_makes_the_same_picture(loaded, tiny_pipe):
-    arguments = {"num_steps": 3, "seed": 5, "progress": False}
-    ours, theirs = (pipe.generate(["a red heart", "the cat"], **arguments) for pipe in (loaded, tiny_pipe))
-    assert ours.shape == (2, *PICTURE)
-    np.testing.assert_array_equal(ours, theirs)
-
-
-def test_saved_pipeline_is_the_same(loaded, tiny_pipe):
+def test_saved_pipeline_is_the_same(tiny_directory, tiny_pipe):
+    loaded = ld.TextToImage.from_preset(tiny_directory, dtype="float32")
     assert loaded.settings == tiny_pipe.settings
     assert loaded.parts.sample_size == tiny_pipe.parts.sample_size == LATENT[:2]
     assert loaded.tokenizer.vocabulary == tiny_pipe.tokenizer.vocabulary
     for kind in FOLDERS:
         ours, theirs = getattr(loaded, kind), getattr(tiny_pipe, kind)
         assert ours.config == theirs.config
+        found = weights(ours)
         for path, array in weights(theirs).items():
-            np.testing.assert_array_equal(weights(ours)[path], array, err_msg=path)
+            np.testing.assert_array_equal(found[path], array, err_msg=path)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -137,8 +127,7 @@ def test_one_of_several_variants_is_opened_when_it_is_asked_for(copied, tiny_pip
     [
         "model_index.json",
         "scheduler/scheduler_config.json",
-        "tokenizer/vocab.json",
-        "tokenizer/merges.txt",
+        "tokenizer",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
         "vae/config.json",
@@ -148,7 +137,10 @@ def test_one_of_several_variants_is_opened_when_it_is_asked_for(copied, tiny_pip
     ],
 )
 def test_missing_file_is_told_before_a_network_is_built(file, copied, no_networks):
-    (copied / file).unlink()
+    if (copied / file).is_dir():
+        shutil.rmtree(copied / file)
+    else:
+        (copied / file).unlink()
     with pytest.raises(FileNotFoundError) as error:
         ld.TextToImage.from_preset(copied)
     assert Path(file).name.partition(".")[0] in str(error.value) or Path(file).parent.name in str(error.value)
@@ -244,8 +236,9 @@ def test_directory_in_half_precision_is_half_as_large(tiny_pipe, tiny_directory,
     whole, half = ((directory / name).stat().st_size for directory in (tiny_directory, tmp_path / "half"))
     assert half < 0.6 * whole
     network = ld.CLIPTextEncoder.from_preset(tmp_path / "half", dtype="float32")
+    found = weights(network)
     for path, array in weights(tiny_pipe.text_encoder).items():
-        np.testing.assert_array_equal(weights(network)[path], array.astype("float16"))
+        np.testing.assert_array_equal(found[path], array.astype("float16"))
 
 
 def test_files_wider_than_the_weights_are_warned_of(tiny_directory, tiny_pipe, tmp_path):
