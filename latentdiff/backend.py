@@ -95,6 +95,7 @@ def default_dtype() -> str:
 
 def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
     """A tensor or a variable as a NumPy array, in its own dtype or another."""
-    # A variable goes by way of a tensor: NumPy 2 warns of what variables offer it.
-    tensor = ops.convert_to_tensor(array) if dtype is None else ops.cast(array, dtype)
-    return np.asarray(ops.convert_to_numpy(tensor))
+    if dtype is not None:
+        array = ops.cast(array, dtype)
+    # `convert_to_numpy` of a variable makes NumPy 2 warn; a variable is an array already.
+    return np.asarray(array if isinstance(array, keras.Variable) else ops.convert_to_numpy(array))

@@ -42,6 +42,10 @@ class AutoencoderTraining(keras.Model):
         self.seeds = keras.random.SeedGenerator(seed)
         self.psnr = keras.metrics.Mean(name="psnr")
 
+    def build(self, image_shape):
+        """Nothing is left to build: the networks are functional models."""
+        self.built = True
+
     def call(self, image, training=False):
         """image: (B, H, W, 3) -> reconstruction (B, H, W, 3) and the posterior's mean, log variance (B, h, w, c)."""
         mean, log_variance = self.autoencoder.moments(image)
@@ -103,6 +107,10 @@ class DiffusionTraining(keras.Model):
         self.caption_dropout = caption_dropout
         self.loss_weight = loss_weight
         self.seeds = keras.random.SeedGenerator(seed)
+
+    def build(self, batch_shape):
+        """Nothing is left to build: the networks are functional models."""
+        self.built = True
 
     def call(self, batch, training=False):
         """batch as in the class -> the loss of each item, (B,)."""
