@@ -47,7 +47,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 
 
 def assert_same_picture(images, latent, their_latent, theirs):
-    assert_close(latent, their_latent, 1e-3)
+    assert_close(latent, their_latent)
     their_images = reference.picture(theirs, their_latent)
     assert images.dtype == np.uint8
     assert images.shape == their_images.shape
