@@ -1,8 +1,9 @@
 """Trains the emoji model's UNet and text encoder on the autoencoder's latents, with `fit`; writes the model directory.
 
 usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--preset runs/emoji/model]
-Goes on from OUTPUT/diffusion.npz where that exists. The latents of OUTPUT/autoencoder are made once and kept in
-OUTPUT/latents.npz, together with the digest of the weights and the pictures that they were made from.
+Goes on from OUTPUT/diffusion.npz where that exists; `--start weights/emoji` begins with the weights of a model, its
+autoencoder included, and not with random ones. Otherwise the autoencoder is OUTPUT/autoencoder. Its latents are made
+once and kept in OUTPUT/latents.npz, together with the digest of the weights and the pictures that they were made from.
 """
 
 import argparse
@@ -69,18 +70,19 @@ def make_latents(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
     return np.concatenate([to_numpy(encode(part), "float32") for part in parts])
 
 
-def latents_of(output: pathlib.Path, data: pathlib.Path, train: np.ndarray):
+def latents_of(output: pathlib.Path, data: pathlib.Path, source: pathlib.Path, train: np.ndarray):
     """(latents, scaling factor), kept from before or made now; the factor gives training latents variance one."""
-    path, weights = output / "latents.npz", next((output / "autoencoder").glob("*.safetensors"))
+    path, weights = output / "latents.npz", find_weights(source)
     digest = hashlib.sha256(weights.read_bytes() + (data / "index.jsonl").read_bytes()).hexdigest()
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["digest"]) == digest:
                 return kept["latents"] * kept["scaling_factor"], float(kept["scaling_factor"])
-    autoencoder = Autoencoder.from_preset(str(output / "autoencoder"), dtype="float32")
+    autoencoder = Autoencoder.from_preset(source, dtype="float32")
     latents = make_latents(autoencoder, np.load(data / "images.npy", mmap_mode="r"))
     scaling_factor = 1 / latents[train].std()
     aside = path.with_suffix(".part.npz")
+    output.mkdir(parents=True, exist_ok=True)
     np.savez(aside, latents=latents, scaling_factor=scaling_factor, digest=digest)
     aside.replace(path)
     return latents * scaling_factor, float(scaling_factor)
@@ -93,23 +95,39 @@ def shares_of(records: list[Record]) -> np.ndarray:
     return shares / shares.sum()
 
 
+def find_weights(source: pathlib.Path) -> pathlib.Path:
+    """The file of an autoencoder's weights, in its own directory or in a pipeline's."""
+    return next(source.glob("vae/*.safetensors"), None) or next(source.glob("*.safetensors"))
+
+
 def main(
-    data: pathlib.Path, output: pathlib.Path, preset: pathlib.Path, steps: int, batch_size: int, learning_rate: float
+    data: pathlib.Path,
+    output: pathlib.Path,
+    preset: pathlib.Path,
+    start: pathlib.Path | None,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
 ) -> None:
     check_replaceable(preset, overwrite=True)
     records = read_index(data / "index.jsonl")
     train = np.array([i for i, r in enumerate(records) if not (r.held_out or r.validation)])
     keras.utils.set_random_seed(1)
-    latents, scaling_factor = latents_of(output, data, train)
-    trained = Autoencoder.from_preset(str(output / "autoencoder"), dtype="float32")
+    source = start or output / "autoencoder"
+    latents, scaling_factor = latents_of(output, data, source, train)
+    trained = Autoencoder.from_preset(source, dtype="float32")
     autoencoder = Autoencoder(**{**trained.config, "scaling_factor": round(scaling_factor, 5)})
     autoencoder.set_weights(trained.get_weights())
     tokenizer = CLIPTokenizer.from_directory(data / "tokenizer", context_length=CONTEXT_LENGTH)
     captions = [training_caption(r, f"{k}/{i}") for i, r in enumerate(records) for k in range(CAPTIONS_A_PICTURE)]
     tokens = tokenizer(captions).reshape(len(records), CAPTIONS_A_PICTURE, CONTEXT_LENGTH)
 
-    text_encoder = CLIPTextEncoder(tokenizer.vocabulary_size, CONTEXT_LENGTH, **TEXT_ENCODER)
-    unet = UNet(**UNET, context_dim=TEXT_ENCODER["width"])
+    if start:
+        text_encoder = CLIPTextEncoder.from_preset(start, dtype="float32")
+        unet = UNet.from_preset(start, dtype="float32")
+    else:
+        text_encoder = CLIPTextEncoder(tokenizer.vocabulary_size, CONTEXT_LENGTH, **TEXT_ENCODER)
+        unet = UNet(**UNET, context_dim=TEXT_ENCODER["width"])
     diffusion = GaussianDiffusion(presets.make_schedule(SETTINGS), SETTINGS.prediction)
     model = DiffusionTraining(unet, text_encoder, diffusion, tokenizer("")[0])
     rate = keras.optimizers.schedules.CosineDecay(0.0, steps, 0.02, warmup_target=learning_rate, warmup_steps=200)
@@ -133,6 +151,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=pathlib.Path, default="data/emoji")
     parser.add_argument("--output", type=pathlib.Path, default="runs/emoji")
     parser.add_argument("--preset", type=pathlib.Path, default="runs/emoji/model")
+    parser.add_argument("--start", type=pathlib.Path, help="a model directory to begin with")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
