@@ -5,7 +5,7 @@ import random
 import keras
 import numpy as np
 import pytest
-from tiny_models import TEXT_ENCODER, UNET, make, numbers, relative_error, to_numpy
+from tiny_models import TEXT_ENCODER, UNET, make, numbers, relative_error, run, to_numpy
 
 from latentdiff.checkpoints.diffusers import key_map
 from latentdiff.models.autoencoder import Autoencoder
@@ -57,17 +57,17 @@ def test_variables_of_an_sd2_unet_are_those_of_the_key_map(sd2_unet):
 
 def test_unet_sees_each_of_its_inputs_at_an_odd_size(sd2_unet):
     inputs = unet_inputs(sd2_unet, 5, 7)
-    out = to_numpy(sd2_unet(inputs))
+    out = to_numpy(run(sd2_unet, inputs))
     assert out.shape == (1, 5, 7, 4)
     assert np.isfinite(out).all()
     for name, changed in (("timestep", inputs["timestep"] - 1), ("context", inputs["context"] * 2)):
-        assert relative_error(sd2_unet({**inputs, name: changed}), out) > 1e-4, name
+        assert relative_error(run(sd2_unet, {**inputs, name: changed}), out) > 1e-4, name
 
 
 def test_unet_starts_at_zero():
     """So that a training begins with the prediction's mean: zero."""
     unet = UNet(**{**UNET, "channels": (8,), "attention": (True,), "heads": 2}, mid_attention=False)
-    assert not to_numpy(unet(unet_inputs(unet, 2, 2))).any()
+    assert not to_numpy(run(unet, unet_inputs(unet, 2, 2))).any()
     assert "mid_attention" not in {layer.name for layer in unet.layers}
     assert_variables_are_those_of_the_key_map("unet", unet)
 
@@ -83,18 +83,18 @@ def test_timestep_951_is_not_952_in_a_bfloat16_unet(half_unet):
     embedding = keras.Model(half_unet.inputs, half_unet.get_layer("timestep_embedding").output)
     frequencies = 10000.0 ** (-np.arange(4) / 4)
     expected = np.concatenate([np.cos(951 * frequencies), np.sin(951 * frequencies)])
-    np.testing.assert_allclose(to_numpy(embedding(unet_inputs(half_unet, 4, 6)))[0], expected, atol=5e-4)
+    np.testing.assert_allclose(to_numpy(run(embedding, unet_inputs(half_unet, 4, 6)))[0], expected, atol=5e-4)
 
 
 def test_bfloat16_is_near_float32(half_unet, tiny_pipe):
     inputs = unet_inputs(half_unet, 4, 6)
-    expected = tiny_pipe.unet(inputs)
-    assert 1e-5 < relative_error(keras.ops.cast(half_unet(inputs), "float32"), expected) < 0.1
+    expected = run(tiny_pipe.unet, inputs)
+    assert 1e-5 < relative_error(keras.ops.cast(run(half_unet, inputs), "float32"), expected) < 0.1
 
 
 def test_text_encoder_is_causal(tiny_pipe):
     tokens = np.array([[3, 5, 7, 9], [3, 5, 8, 9]], "int32")
-    first, second = to_numpy(tiny_pipe.text_encoder(tokens))
+    first, second = to_numpy(run(tiny_pipe.text_encoder, tokens))
     np.testing.assert_allclose(first[:2], second[:2], atol=1e-6)
     assert np.abs(first[2:] - second[2:]).min(axis=-1).max() > 1e-3
 
@@ -115,9 +115,10 @@ def test_network_comes_back_from_its_file(kind, tiny_pipe, tmp_path):
     assert type(again) is type(network)
     assert again.get_config() == network.get_config()
     inputs = inputs_of(kind, network)
-    np.testing.assert_allclose(to_numpy(again(inputs)), to_numpy(network(inputs)), atol=1e-6)
+    np.testing.assert_allclose(to_numpy(run(again, inputs)), to_numpy(run(network, inputs)), atol=1e-6)
     if kind == "autoencoder":
-        np.testing.assert_allclose(to_numpy(again.encode(inputs)), to_numpy(network.encode(inputs)), atol=1e-6)
+        ours, theirs = (to_numpy(run(model.encode, inputs, model=model)) for model in (again, network))
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from tiny_models import LATENT, PICTURE, numbers, relative_error, to_numpy
+from tiny_models import LATENT, PICTURE, numbers, relative_error, run, to_numpy
 
 from latentdiff.diffusion.noise import normal, split_seeds
 from latentdiff.diffusion.samplers import make_table
@@ -32,6 +32,12 @@ def grey_levels(first, second):
     assert first.dtype == second.dtype == np.uint8
     assert first.shape == second.shape
     return np.abs(first.astype(int) - second).max()
+
+
+def decoded(latent, pipe):
+    """The picture of a latent."""
+    image = to_numpy(run(pipe.autoencoder.decode, latent, model=pipe.autoencoder))
+    return np.clip(np.round((image + 1) * 127.5), 0, 255).astype("uint8")
 
 
 @pytest.fixture
@@ -170,8 +176,7 @@ def test_callback_may_stop_the_run(generate, latents, tiny_pipe):
     steps = []
     image = generate(callback=lambda step, latent: steps.append(step) or step < 2)
     assert steps == [1, 2]
-    decoded = to_numpy(tiny_pipe.autoencoder.decode(latents()[1]))
-    assert grey_levels(image, np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype("uint8")) <= 1
+    assert grey_levels(image, decoded(latents()[1], tiny_pipe)) <= 1
 
 
 def test_callback_stops_the_parts_that_follow_too(generate):
@@ -179,8 +184,7 @@ def test_callback_stops_the_parts_that_follow_too(generate):
 
 
 def test_picture_is_the_decoded_latent(generate, tiny_pipe):
-    decoded = to_numpy(tiny_pipe.autoencoder.decode(generate(output="latent")))
-    assert grey_levels(generate(), np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype("uint8")) <= 1
+    assert grey_levels(generate(), decoded(generate(output="latent"), tiny_pipe)) <= 1
 
 
 def test_guidance_scale_one_is_conditional(generate):

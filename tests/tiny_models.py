@@ -1,10 +1,12 @@
 """The smallest Stable Diffusion there is: random weights, latents of 4 x 6, pictures of 8 x 12 pixels."""
 
+import functools
 from pathlib import Path
 
 import keras
 import numpy as np
 
+from latentdiff.backend import Compiled
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.layers import blank_weights
@@ -78,3 +80,24 @@ def parts():
         settings=SamplerSettings(sampler="ddim"),
         sample_size=LATENT[:2],
     )
+
+
+def run(function, *inputs, model=None):
+    """What a layer says, or a function of `model`; compiled on JAX, where every first call of an operation takes long.
+
+    Args:
+        function: a built layer, or a function that calls `model`.
+        inputs: arrays, or one dict of them.
+        model: the layer whose weights `function` uses; None is `function` itself.
+    """
+    names = tuple(inputs[0]) if isinstance(inputs[0], dict) else None
+    arrays = inputs[0].values() if names else inputs
+    return _compiled(function, model or function, names)(*arrays)
+
+
+@functools.cache
+def _compiled(function, model, names):
+    def call(*arrays):
+        return function(dict(zip(names, arrays, strict=True))) if names else function(*arrays)
+
+    return Compiled(call, [model]) if keras.backend.backend() == "jax" else call
