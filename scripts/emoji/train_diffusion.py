@@ -13,6 +13,7 @@ import pathlib
 import keras
 import numpy as np
 from captions import training_caption
+from muon import KernelMuon, WarmupStableDecay
 from records import Record, read_index
 
 from latentdiff import presets
@@ -108,6 +109,7 @@ def main(
     steps: int,
     batch_size: int,
     learning_rate: float,
+    decay: float,
 ) -> None:
     check_replaceable(preset, overwrite=True)
     records = read_index(data / "index.jsonl")
@@ -130,8 +132,9 @@ def main(
         unet = UNet(**UNET, context_dim=TEXT_ENCODER["width"])
     diffusion = GaussianDiffusion(presets.make_schedule(SETTINGS), SETTINGS.prediction)
     model = DiffusionTraining(unet, text_encoder, diffusion, tokenizer("")[0])
-    rate = keras.optimizers.schedules.CosineDecay(0.0, steps, 0.02, warmup_target=learning_rate, warmup_steps=200)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=1e-2, beta_2=0.99, clipnorm=1.0)
+    rate = WarmupStableDecay(learning_rate, steps, decay=decay)
+    decays = {"weight_decay": 1e-2, "adam_weight_decay": 1e-2}
+    optimizer = KernelMuon(rate, **decays, adam_beta_2=0.99, adam_lr_ratio=0.8)
     model.compile(optimizer=optimizer, jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
     model.build({"latent": (batch_size, *latents.shape[1:]), "tokens": (batch_size, CONTEXT_LENGTH)})
     checkpoint = Checkpoint(output / "diffusion.npz", every=200)
@@ -154,5 +157,6 @@ if __name__ == "__main__":
     parser.add_argument("--start", type=pathlib.Path, help="a model directory to begin with")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate goes down")
     main(**vars(parser.parse_args()))

@@ -1,0 +1,56 @@
+"""Muon for networks of convolutions: Keras' optimizer, with kernels of any rank taken as the matrices that they are.
+
+A convolution's kernel (kh, kw, in, out) is a matrix of kh * kw * in rows. Beside AdamW at 8e-4 on the emoji model, the
+same 120 batches and noise: v loss 0.461 to 0.471 at the end and 0.462 to 0.485 on the way, for 1.22 times the time.
+References: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
+arXiv:2502.16982, for the size of its updates, which is AdamW's.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+SMALLEST = 16  # rows and columns of a matrix; what is smaller (a picture's channels) is AdamW's
+
+
+class KernelMuon(keras.optimizers.Muon):
+    """Muon for every matrix and kernel; AdamW for embeddings, biases, norms and what has few channels."""
+
+    def _should_use_adamw(self, variable):
+        if len(variable.shape) not in (2, 4) or "embedding" in variable.path.lower():
+            return True
+        return min(variable.shape[-2:]) < SMALLEST
+
+    def zeropower_via_newtonschulz5(self, x, steps: int):
+        shape = x.shape
+        return ops.reshape(super().zeropower_via_newtonschulz5(ops.reshape(x, (-1, shape[-1])), steps), shape)
+
+    def lr_adjust(self, x):
+        rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+        return x if self.rms_rate is None else x * math.sqrt(max(rows, columns)) * self.rms_rate
+
+
+class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """A warm-up, a plateau, and a straight way down over the last part: a run may be made longer until that begins.
+
+    Args:
+        learning_rate: the plateau's.
+        steps: of the whole run.
+        warmup: steps of the way up.
+        decay: share of the steps that the way down takes.
+
+    Reference: Hägele et al. 2024, arXiv:2405.18392.
+    """
+
+    def __init__(self, learning_rate: float, steps: int, warmup: int = 20, decay: float = 0.4):
+        self.learning_rate, self.steps, self.warmup, self.decay = learning_rate, steps, warmup, decay
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        up = ops.minimum(1.0, (step + 1) / self.warmup)
+        down = ops.clip((self.steps - step) / (self.decay * self.steps), 0.0, 1.0)
+        return self.learning_rate * up * down
+
+    def get_config(self):
+        return {"learning_rate": self.learning_rate, "steps": self.steps, "warmup": self.warmup, "decay": self.decay}
