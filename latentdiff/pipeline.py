@@ -45,7 +45,7 @@ class TextToImage:
         self.settings = parts.settings
         self.schedule = presets.make_schedule(parts.settings)
         self._encode = Compiled(self.text_encoder, [self.text_encoder])
-        self._decode = Compiled(self._image, [self.autoencoder])
+        self._decode = Compiled(self.image, [self.autoencoder])
         self._normal = Compiled(self._noise, [])
         self._steps: dict[tuple[bool, float | None], Compiled] = {}
 
@@ -132,7 +132,7 @@ class TextToImage:
         """
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         total = len(prompts) * num_images
-        shape = self._latent_shape(height, width)
+        shape = self.latent_shape(height, width)
         table = self._table(sampler, num_steps, eta)
         seeds = _seeds(seed, total)
         noise = _handed_in(noise, total, shape, table)
@@ -155,6 +155,11 @@ class TextToImage:
             if not going:
                 break
         return np.concatenate(made)
+
+    def image(self, latent: Any) -> Any:
+        """Scaled latents (B, h, w, c) -> images uint8 (B, H, W, 3), as tensors: the arrow's last part, uncompiled."""
+        image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
+        return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
 
     def step_function(self, guided: bool, clip: float | None) -> Compiled:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
@@ -183,7 +188,12 @@ class TextToImage:
             settings = settings.with_sampler(sampler)
         return make_table(schedule=self.schedule, num_steps=num_steps, eta=eta, **settings.table_arguments())
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(h, w, c) of the latent of a picture of so many pixels; None is the model's own size.
+
+        Raises:
+            ValueError: a number of pixels is no positive multiple of the autoencoder's factor.
+        """
         factor = self.autoencoder.factor
         sizes = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
@@ -201,10 +211,6 @@ class TextToImage:
                 f'{self.dtype}. dtype="float32" has the widest range.'
             )
         return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
-
-    def _image(self, latent):
-        image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
-        return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)

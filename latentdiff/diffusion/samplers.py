@@ -194,7 +194,8 @@ def step(row: Any, state: Any, x0_hat: Any, eps_hat: Any, fresh_noise: Any = Non
     """The next state, by one row of a table, whichever the sampler.
 
     Args:
-        row: (4, 7) `table.matrix[i]`, in the state's dtype; may be a tensor, as in a compiled loop.
+        row: (4, 7) `table.matrix[i]`, in the state's dtype; may be a tensor, as in a compiled loop. Or (4, 7, B), a row
+            for each item.
         state: (4, B, ...) the state before.
         x0_hat: (B, ...) the network's estimate of x0 at x = state[0].
         eps_hat: (B, ...) the network's estimate of eps at x = state[0].
@@ -207,7 +208,7 @@ def step(row: Any, state: Any, x0_hat: Any, eps_hat: Any, fresh_noise: Any = Non
     if fresh_noise is None:
         fresh_noise = xp.zeros_like(x0_hat)
     columns = xp.concatenate([state, xp.stack([x0_hat, eps_hat, fresh_noise])])  # (7, B, ...)
-    coefficients = xp.reshape(row, (NUM_SLOTS, NUM_COLUMNS) + (1,) * (len(state.shape) - 1))  # (4, 7, 1, ...)
+    coefficients = xp.reshape(row, (NUM_SLOTS, NUM_COLUMNS, -1) + (1,) * (len(state.shape) - 2))  # (4, 7, 1 or B, ...)
     # A product and a sum rather than a matrix product: accelerators round the factors of those to ten bits or seven,
     # and this way an element does not depend on the batch around it.
     return xp.sum(coefficients * columns[None], axis=1)
