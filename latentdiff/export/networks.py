@@ -1,0 +1,96 @@
+"""The networks of a pipeline, each as one ONNX or OpenVINO file, for runtimes that know neither Keras nor TensorFlow.
+
+    text_encoder   tokens int32 (B, S) -> context (B, S, D)
+    unet           latent (B, h, w, c), timestep (B,), context (B, S, D) -> prediction (B, h, w, c)
+    vae_encoder    image (B, H, W, 3) in [-1, 1] -> moments (B, h, w, 2 c), unscaled
+    vae_decoder    latent (B, h, w, c), unscaled -> image (B, H, W, 3) in [-1, 1]
+
+The tokenizer and the sampler's loop stay with whoever runs them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import keras
+import numpy as np
+
+from latentdiff.checkpoints.files import replaced_directory
+from latentdiff.pipeline import TextToImage
+
+FORMATS = {"onnx": (".onnx", ("tf2onnx", "onnx")), "openvino": (".xml", ("openvino",))}
+
+
+def export_networks(
+    pipeline: TextToImage,
+    directory: str | os.PathLike,
+    format: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Writes the four networks, for pictures of one size and batches of any.
+
+    Args:
+        pipeline: in float32, which both formats can say.
+        directory: new, for `text_encoder.onnx`, `unet.onnx` and so on; OpenVINO's have a `.bin` of weights beside them.
+        format: "onnx" or "openvino".
+        height: in pixels; None is the model's own.
+        width: in pixels; None is the model's own.
+
+    Raises:
+        ValueError: another format, a wrong size, another dtype, or Keras' backend is not TensorFlow.
+        ImportError: the format's package is missing.
+        FileExistsError: the directory holds something.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: format={format!r}.")
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(f"An export needs KERAS_BACKEND=tensorflow. Received: {keras.backend.backend()}.")
+    if pipeline.dtype != "float32":
+        raise ValueError(f'Networks are exported in dtype="float32". Received: {pipeline.dtype}.')
+    suffix, packages = FORMATS[format]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f'format="{format}" needs {" and ".join(missing)}: pip install "latentdiff[{format}]".')
+    shape = pipeline.latent_shape(height, width)
+    factor, length = pipeline.autoencoder.factor, pipeline.tokenizer.context_length
+    tokens = keras.Input((length,), dtype="int32", name="tokens")
+    latent, timestep = keras.Input(shape, name="latent"), keras.Input((), name="timestep")
+    context = keras.Input((length, pipeline.text_encoder.output_shape[-1]), name="context")
+    image = keras.Input((shape[0] * factor, shape[1] * factor, 3), name="image")
+    unet = pipeline.unet({"latent": latent, "timestep": timestep, "context": context})
+    networks = {
+        "text_encoder": keras.Model(tokens, pipeline.text_encoder(tokens)),
+        "unet": keras.Model([latent, timestep, context], unet),
+        "vae_encoder": keras.Model(image, pipeline.autoencoder.encoder(image)),
+        "vae_decoder": keras.Model(latent, pipeline.autoencoder.decoder(latent)),
+    }
+    if format == "onnx":
+        _teach_erfc()
+    with replaced_directory(directory) as fresh:
+        for name, network in networks.items():
+            specs = [keras.InputSpec(dtype=i.dtype, shape=i.shape, name=i.name) for i in network.inputs]
+            signature = [specs] if len(specs) > 1 else specs
+            path = str(fresh / f"{name}{suffix}")
+            network.export(path, format=format, input_signature=signature, verbose=False)
+
+
+def _teach_erfc() -> None:
+    """Tells tf2onnx of erfc, which TensorFlow makes of the exact GELU and which ONNX does not have: 1 - erf."""
+    from tf2onnx import utils
+    from tf2onnx.handler import tf_op
+
+    class Erfc:
+        @classmethod
+        def version_9(cls, ctx: Any, node: Any, **kwargs: Any) -> None:
+            shapes, dtypes = node.output_shapes, node.output_dtypes
+            one = ctx.make_const(utils.make_name("one"), np.ones((), utils.map_onnx_to_numpy_type(dtypes[0])))
+            erf = ctx.make_node("Erf", node.input, shapes=shapes, dtypes=dtypes)
+            ctx.remove_node(node.name)
+            inputs = [one.output[0], erf.output[0]]
+            ctx.make_node("Sub", inputs, name=node.name, outputs=node.output, shapes=shapes, dtypes=dtypes)
+
+    tf_op("Erfc")(Erfc)
