@@ -1,0 +1,118 @@
+"""Byte pairs merged in a graph: in each word again and again the pair that comes first among the merges, leftmost first.
+
+Sennrich et al. 2016, algorithm 1, arXiv:1508.07909.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from latentdiff.export.tokenizer_normalize import PairTable
+from latentdiff.export.tokenizer_unicode import CODES, MARKS, byte_characters
+
+__all__ = ["BytePairs"]
+
+_NO_RANK = 2**31 - 1
+_POSITION = 2**32 - 1
+
+
+class BytePairs(tf.Module):
+    """Words of code points -> tokens.
+
+    Args:
+        vocabulary: Tokens to ids, in the byte-level alphabet; "</w>" ends a word.
+        merges: Pairs of tokens, the first to be merged first.
+        unknown_id: Stands for bytes that the vocabulary lacks.
+        added_ids: The token of each mark: of CODES, CODES + 1, ...
+        name: The variables' name.
+    """
+
+    def __init__(
+        self,
+        vocabulary: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        unknown_id: int,
+        added_ids: Sequence[int],
+        *,
+        name: str = "byte_pairs",
+    ):
+        super().__init__(name=name)
+        ranks = {(vocabulary[left], vocabulary[right]): rank for rank, (left, right) in enumerate(merges)}
+        self._ranks = PairTable(ranks, name="merge_ranks")
+        merged = [vocabulary[left + right] for left, right in merges]
+        self._merged = tf.Variable(np.array(merged, "int32"), trainable=False, name="merged")
+
+        first_tokens = np.full(2 * 256 + MARKS, unknown_id, "int32")  # of bytes, of bytes that end words, of marks
+        for byte, character in byte_characters().items():
+            first_tokens[byte] = vocabulary.get(character, unknown_id)
+            first_tokens[256 + byte] = vocabulary.get(character + "</w>", unknown_id)
+        first_tokens[512 : 512 + len(added_ids)] = added_ids
+        self._first_tokens = tf.Variable(first_tokens, trainable=False, name="first_tokens")
+
+    def __call__(self, codes: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The tokens of words.
+
+        Args:
+            codes: int32 (N,), code points; a mark is a word for itself.
+            word: int32 (N,), the words' numbers, from 0 without a gap, ascending.
+
+        Returns:
+            int32 (M,) tokens, and int32 (M,) the word that each belongs to.
+        """
+        place, word = _bytes(codes, word)
+        return self._merge(tf.gather(self._first_tokens, place), word)
+
+    def _merge(self, tokens: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        words = tf.reduce_max(tf.concat([word, [-1]], axis=0)) + 1
+
+        def ranks_at(at, tokens, word):
+            behind = tf.minimum(at + 1, tf.size(tokens) - 1)
+            rank = self._ranks(tf.gather(tokens, at), tf.gather(tokens, behind))
+            is_pair = (behind > at) & (tf.gather(word, at) == tf.gather(word, behind)) & (rank >= 0)
+            return tf.where(is_pair, rank, _NO_RANK)
+
+        def step(tokens, word, ranks):
+            # the lowest rank and, of those, the leftmost place, as one number; at most one pair a word
+            position = tf.range(tf.size(tokens), dtype=tf.int64)
+            keys = tf.bitwise.left_shift(tf.cast(ranks, tf.int64), 32) + position
+            best = tf.math.unsorted_segment_min(keys, word, words)
+            rank = tf.bitwise.right_shift(best, 32)
+            best, rank = tf.boolean_mask(best, rank < _NO_RANK), tf.boolean_mask(rank, rank < _NO_RANK)
+            at = tf.cast(best & _POSITION, tf.int32)
+            tokens = tf.tensor_scatter_nd_update(tokens, at[:, None], tf.gather(self._merged, rank))
+            gone = tf.scatter_nd(at[:, None] + 1, tf.ones_like(at), tf.shape(tokens))
+            kept = tf.where(gone == 0)[:, 0]
+            tokens, word, ranks = tf.gather(tokens, kept), tf.gather(word, kept), tf.gather(ranks, kept)
+
+            at -= tf.range(tf.size(at))  # what was before it has gone
+            changed = tf.concat([tf.maximum(at - 1, 0), at], axis=0)
+            ranks = tf.tensor_scatter_nd_update(ranks, changed[:, None], ranks_at(changed, tokens, word))
+            return tokens, word, ranks
+
+        ranks = ranks_at(tf.range(tf.size(tokens)), tokens, word)
+        some = tf.TensorShape([None])
+        tokens, word, _ = tf.while_loop(
+            lambda tokens, word, ranks: tf.reduce_any(ranks < _NO_RANK),
+            step,
+            (tokens, word, ranks),
+            shape_invariants=(some, some, some),
+        )
+        return tokens, word
+
+
+def _bytes(codes: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """UTF-8's bytes, plus 256 where they end words, and 512 plus its number for a mark; and their words."""
+    is_mark = codes >= CODES
+    lengths = 1 + sum(tf.cast((codes >= least) & ~is_mark, tf.int32) for least in (0x80, 0x800, 0x10000))
+    source = tf.repeat(tf.range(tf.size(codes)), lengths)
+    within = tf.range(tf.size(source)) - tf.gather(tf.cumsum(lengths, exclusive=True), source)
+    ends = tf.concat([word[1:] != word[:-1], [True]], axis=0)[: tf.size(word)]
+
+    codes, length = tf.gather(codes, source), tf.gather(lengths, source)
+    sixes = tf.bitwise.right_shift(codes, 6 * (length - 1 - within))
+    lead = tf.gather([0, 0, 0xC0, 0xE0, 0xF0], length) + sixes
+    byte = tf.where(within == 0, lead, 0x80 + (sixes & 0x3F))
+    last = tf.gather(ends, source) & (within == length - 1)
+    place = tf.where(codes >= CODES, 512 + codes - CODES, byte + 256 * tf.cast(last, tf.int32))
+    return place, tf.gather(word, source)
