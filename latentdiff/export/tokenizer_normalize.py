@@ -41,24 +41,25 @@ class PairTable(tf.Module):
     """A number for each of some pairs of numbers, found by bisection.
 
     Args:
-        values: Pairs to whole numbers of 0 or more.
+        values: Pairs of numbers below 2**31 to numbers.
+        missing: The number of any other pair.
+        dtype: The numbers' dtype.
         name: The variables' name.
     """
 
-    def __init__(self, values: dict[tuple[int, int], int], *, name: str):
+    def __init__(self, values: dict[tuple[int, int], int], missing: int, *, dtype: str = "int32", name: str):
         super().__init__(name=name)
         # one more, greater than all, so that every search ends inside of the table
         pairs = np.array([*sorted(values), (2**31 - 1, 2**31 - 1)], "int64")
-        numbers = np.array([*(values[pair] for pair in sorted(values)), -1], "int32")
+        numbers = np.array([*(values[pair] for pair in sorted(values)), missing], dtype)
+        self.missing = missing
         self.keys = tf.Variable(pairs[:, 0] << 32 | pairs[:, 1], trainable=False, name=f"{name}_keys")
         self.numbers = tf.Variable(numbers, trainable=False, name=f"{name}_numbers")
 
-    def __call__(self, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-        """int32 (N,) of int32 (N,) and (N,); -1 where a pair is none of them."""
-        wanted = tf.bitwise.left_shift(tf.cast(left, tf.int64), 32) + tf.cast(right, tf.int64)
-        keys = tf.identity(self.keys)
-        at = tf.searchsorted(keys, wanted)
-        return tf.where(tf.gather(keys, at) == wanted, tf.gather(self.numbers, at), -1)
+    def __call__(self, pairs: tf.Tensor) -> tf.Tensor:
+        """The numbers (N,) of int64 (N,) pairs, each left * 2**32 + right."""
+        at = tf.raw_ops.LowerBound(sorted_inputs=self.keys[None, :], values=pairs[None, :])[0]
+        return tf.where(tf.gather(self.keys, at) == pairs, tf.gather(self.numbers, at), self.missing)
 
 
 class Normalizer(tf.Module):
@@ -83,7 +84,7 @@ class Normalizer(tf.Module):
             parts += decomposition
         self._decomposition = CodeTable(places, 0, name="decomposition")
         self._parts = tf.Variable(np.array(parts, "int32"), trainable=False, name="decomposition_parts")
-        self._composed = PairTable(tables.composed, name="composed")
+        self._composed = PairTable(tables.composed, -1, name="composed")
         # as differences, so that pages without a capital letter are alike
         self._lower = CodeTable(tables.lower[:, 0] - np.arange(CODES), 0, name="lower")
         self._lower_second = CodeTable(tables.lower[:, 1], -1, name="lower_second")
@@ -130,7 +131,8 @@ class Normalizer(tf.Module):
             live = index < lengths
             at = starts + tf.minimum(index, lengths - 1)
             combining = tf.gather(flags, at) & _COMBINING
-            composite = self._composed(tf.gather(codes, starter), tf.gather(codes, at))
+            left, right = tf.gather(codes, starter), tf.gather(codes, at)
+            composite = self._composed(tf.cast(left, tf.int64) * 2**32 + tf.cast(right, tf.int64))
             free = (blocked_by == 0) | (blocked_by < combining)
             joins = live & free & (composite >= 0)
             stays = live & ~joins

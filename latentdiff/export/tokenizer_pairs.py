@@ -13,8 +13,10 @@ from latentdiff.export.tokenizer_unicode import CODES, MARKS, byte_characters
 
 __all__ = ["BytePairs"]
 
-_NO_RANK = 2**31 - 1
-_POSITION = 2**32 - 1
+_TOKEN = 2**31 - 1
+_FIRST = 2**31
+_PLACE = 2**32 - 1
+_NO_RANK = 2**62
 
 
 class BytePairs(tf.Module):
@@ -38,10 +40,11 @@ class BytePairs(tf.Module):
         name: str = "byte_pairs",
     ):
         super().__init__(name=name)
-        ranks = {(vocabulary[left], vocabulary[right]): rank for rank, (left, right) in enumerate(merges)}
-        self._ranks = PairTable(ranks, name="merge_ranks")
+        # of merges that come twice the later counts, as in the engine
+        ranks = {(vocabulary[left], vocabulary[right]): rank << 32 for rank, (left, right) in enumerate(merges)}
+        self._ranks = PairTable(ranks, _NO_RANK, dtype="int64", name="merge_ranks")
         merged = [vocabulary[left + right] for left, right in merges]
-        self._merged = tf.Variable(np.array(merged, "int32"), trainable=False, name="merged")
+        self._merged = tf.Variable(np.array(merged, "int64"), trainable=False, name="merged")
 
         first_tokens = np.full(2 * 256 + MARKS, unknown_id, "int32")  # of bytes, of bytes that end words, of marks
         for byte, character in byte_characters().items():
@@ -64,41 +67,42 @@ class BytePairs(tf.Module):
         return self._merge(tf.gather(self._first_tokens, place), word)
 
     def _merge(self, tokens: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """One number an item: its word, whether it is the word's first, and its token; one item more ends the last word."""
         words = tf.reduce_max(tf.concat([word, [-1]], axis=0)) + 1
-
-        def ranks_at(at, tokens, word):
-            behind = tf.minimum(at + 1, tf.size(tokens) - 1)
-            rank = self._ranks(tf.gather(tokens, at), tf.gather(tokens, behind))
-            is_pair = (behind > at) & (tf.gather(word, at) == tf.gather(word, behind)) & (rank >= 0)
-            return tf.where(is_pair, rank, _NO_RANK)
-
-        def step(tokens, word, ranks):
-            # the lowest rank and, of those, the leftmost place, as one number; at most one pair a word
-            position = tf.range(tf.size(tokens), dtype=tf.int64)
-            keys = tf.bitwise.left_shift(tf.cast(ranks, tf.int64), 32) + position
-            best = tf.math.unsorted_segment_min(keys, word, words)
-            rank = tf.bitwise.right_shift(best, 32)
-            best, rank = tf.boolean_mask(best, rank < _NO_RANK), tf.boolean_mask(rank, rank < _NO_RANK)
-            at = tf.cast(best & _POSITION, tf.int32)
-            tokens = tf.tensor_scatter_nd_update(tokens, at[:, None], tf.gather(self._merged, rank))
-            gone = tf.scatter_nd(at[:, None] + 1, tf.ones_like(at), tf.shape(tokens))
-            kept = tf.where(gone == 0)[:, 0]
-            tokens, word, ranks = tf.gather(tokens, kept), tf.gather(word, kept), tf.gather(ranks, kept)
-
-            at -= tf.range(tf.size(at))  # what was before it has gone
-            changed = tf.concat([tf.maximum(at - 1, 0), at], axis=0)
-            ranks = tf.tensor_scatter_nd_update(ranks, changed[:, None], ranks_at(changed, tokens, word))
-            return tokens, word, ranks
-
-        ranks = ranks_at(tf.range(tf.size(tokens)), tokens, word)
-        some = tf.TensorShape([None])
-        tokens, word, _ = tf.while_loop(
-            lambda tokens, word, ranks: tf.reduce_any(ranks < _NO_RANK),
-            step,
-            (tokens, word, ranks),
-            shape_invariants=(some, some, some),
+        tokens, word = (
+            tf.cast(tf.concat([values, [end]], axis=0), tf.int64) for values, end in ((tokens, 0), (word, words))
         )
-        return tokens, word
+        is_first = tf.concat([[True], word[1:] != word[:-1]], axis=0)
+        items = word * 2**32 + tf.where(is_first, tokens + _FIRST, tokens)
+
+        def ranks(left, right):
+            # no pair has a right part that is a word's first
+            return self._ranks((left & _TOKEN) * 2**32 + (right & (_FIRST | _TOKEN)))
+
+        def step(items, ranked):
+            # the lowest rank and, of those, the leftmost place, as one number; at most one pair a word
+            size = tf.size(items, tf.int64)
+            best = tf.math.unsorted_segment_min(ranked + tf.range(size), tf.bitwise.right_shift(items, 32), words + 1)
+            best = tf.gather(best, tf.where(best < _NO_RANK)[:, 0])
+            at = best & _PLACE
+            merged = tf.gather(self._merged, tf.bitwise.right_shift(best, 32))
+            items = tf.tensor_scatter_nd_update(items, at[:, None], (tf.gather(items, at) & ~_TOKEN) + merged)
+            gone = tf.scatter_nd(at[:, None] + 1, tf.ones_like(at), [size])
+            kept = tf.where(gone == 0)[:, 0]
+            items, ranked = tf.gather(items, kept), tf.gather(ranked, kept)
+
+            at -= tf.range(tf.size(at, tf.int64))  # as many are gone before it
+            changed = tf.concat([tf.maximum(at - 1, 0), at], axis=0)
+            new = ranks(tf.gather(items, changed), tf.gather(items, changed + 1))
+            return items, tf.tensor_scatter_nd_update(ranked, changed[:, None], new)
+
+        some = tf.TensorShape([None])
+        ranked = tf.concat([ranks(items[:-1], items[1:]), [_NO_RANK]], axis=0)
+        items, _ = tf.while_loop(
+            lambda items, ranked: tf.reduce_any(ranked < _NO_RANK), step, (items, ranked), shape_invariants=(some, some)
+        )
+        items = items[:-1]
+        return tf.cast(items & _TOKEN, tf.int32), tf.cast(tf.bitwise.right_shift(items, 32), tf.int32)
 
 
 def _bytes(codes: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
