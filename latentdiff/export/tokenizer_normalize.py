@@ -28,9 +28,11 @@ class CodeTable(tf.Module):
     def __init__(self, values: np.ndarray, marks: int, *, name: str):
         super().__init__(name=name)
         values = np.concatenate([values, np.full(MARKS, marks)]).astype("int32")
-        pages, page_of = np.unique(values.reshape(-1, _PAGE), axis=0, return_inverse=True)
-        self.pages = tf.Variable(pages.reshape(-1), trainable=False, name=f"{name}_pages")
-        self.page_of = tf.Variable(page_of.reshape(-1).astype("int32"), trainable=False, name=f"{name}_page_of")
+        pages = {}  # content -> number
+        page_of = [pages.setdefault(page.tobytes(), len(pages)) for page in values.reshape(-1, _PAGE)]
+        contents = np.frombuffer(b"".join(pages), "int32")
+        self.pages = tf.Variable(contents, trainable=False, name=f"{name}_pages")
+        self.page_of = tf.Variable(np.array(page_of, "int32"), trainable=False, name=f"{name}_page_of")
 
     def __call__(self, codes: tf.Tensor) -> tf.Tensor:
         """int32 of the codes' shape."""

@@ -72,7 +72,9 @@ def unicode_tables() -> UnicodeTables:
     lower = np.stack([np.arange(CODES), np.full(CODES, -1)], axis=1).astype("int32")
     for character, text in _changes(normalizers.Lowercase(), characters):
         if len(text) > 2:
-            raise NotImplementedError(f"A lower case must have one or two characters. Received: {character!r}, {text!r}")
+            raise NotImplementedError(
+                f"A lower case must have one or two characters. Received: {character!r}, {text!r}"
+            )
         lower[ord(character), : len(text)] = list(map(ord, text))
 
     nfd, nfc = normalizers.NFD(), normalizers.NFC()
