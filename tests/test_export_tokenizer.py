@@ -118,8 +118,10 @@ HARD = [
     "é e\u0301 \u1e69 s\u0323\u0307 s\u0307\u0323 \u01d7 U\u0308\u0301 U\u0301\u0308",
     "\u0301a \u0301 a\u0301\u0301\u0301 a\u0345\u0301\u0334 \u0334\u0345",
     "\u0344 \u0340 \u0341 \u0343 \u0374 \u037e \u0387 \u1f71 \u2126 \u212b \uf900 \ufb1d \u0958 \u2adc",
-    "한글 \u1112\u1161\u11ab\u1100\u1173\u11af \u1100\u1161\u11a8\u11a8 \u1161\u11a8 \uac00\u11a8 \uac01\u11a8 \u1100\u1100\u1161",
-    "\u0dd9\u0dcf\u0dca \u0dd9\u0dca\u0dcf \u0cc6\u0cc2\u0cd5 \u0b47\u0b3e \u09c7\u09d7 \u1025\u102e \u0dd9\u0301\u0dcf",
+    "한글 \u1112\u1161\u11ab\u1100\u1173\u11af \u1100\u1161\u11a8\u11a8 \u1161\u11a8",
+    "\uac00\u11a8 \uac01\u11a8 \u1100\u1100\u1161",
+    "\u0dd9\u0dcf\u0dca \u0dd9\u0dca\u0dcf \u0cc6\u0cc2\u0cd5 \u0b47\u0b3e",
+    "\u09c7\u09d7 \u1025\u102e \u0dd9\u0301\u0dcf",
     "\U00011935\U00011930 \U00011131\U00011127 \U0001d15e \U0001d1bc",
     "<\u0338 >\u0338 =\u0338 <|endoftext|>\u0338 <\u0338|endoftext|> <|endoftext|\u0338>",
     "👩‍👩‍👧‍👦 ❤️ 🏳️‍🌈 👋🏽 🇩🇪🇫🇷 #️⃣ 🏴\U000e0067\U000e007f",
@@ -231,16 +233,16 @@ def test_tables_know_what_is_in_no_doubt():
 # random text
 
 ALPHABETS = {
-    "any": ([chr(c) for c in TEXT]),
-    "varied": (VARIED),
-    "letters": ([c for c in VARIED if unicodedata.category(c).startswith("L")]),
-    "marks": ([c for c in VARIED if unicodedata.combining(c)] + list("aoeAOE\u1100\u1161\u11a8")),
-    "composing": ([c for c in VARIED if unicodedata.normalize("NFD", c) != c or unicodedata.combining(c)]),
-    "emoji": ([c for c in VARIED if unicodedata.category(c) in ("So", "Sk")] + list("\u200d\ufe0f\u20e3") * 200),
-    "spaces": ([c for c in VARIED if unicodedata.category(c)[0] in "ZC"] + list("a1!'") * 10),
-    "ascii": ([chr(c) for c in range(128)]),
-    "english": ("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ    '''.,!?0123456789"),
-    "contractions": (list("''''srvedtmlSRaéİ 1!") + ["'s", "'ll", "'re"]),
+    "any": [chr(c) for c in TEXT],
+    "varied": VARIED,
+    "letters": [c for c in VARIED if unicodedata.category(c).startswith("L")],
+    "marks": [c for c in VARIED if unicodedata.combining(c)] + list("aoeAOE\u1100\u1161\u11a8") * 50,
+    "composing": [c for c in VARIED if unicodedata.normalize("NFD", c) != c or unicodedata.combining(c)],
+    "emoji": [c for c in VARIED if unicodedata.category(c) in ("So", "Sk")] + list("\u200d\ufe0f\u20e3") * 200,
+    "spaces": [c for c in VARIED if unicodedata.category(c)[0] in "ZC"] + list("a1!'") * 10,
+    "ascii": [chr(c) for c in range(128)],
+    "english": "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ    '''.,!?0123456789",
+    "contractions": list("''''srvedtmlSRaéİ 1!") + ["'s", "'ll", "'re"],
     "special": (
         [START, END, START.upper(), END.upper(), "<|EndOfText|>", "<|", "|>", "endoftext", "startoftext", "<", "|", ">"]
         + list("! a's1\u0338\u0301İ\n")
@@ -322,7 +324,7 @@ def test_bytes_that_are_not_utf8_become_replacement_characters(pairs):
 def test_random_merges_in_any_order_have_the_same_tokens():
     """Also merges that come twice, that make what another made, or that use what a later one makes."""
     rng = random.Random(2)
-    for _ in range(12):
+    for _ in range(6):
         vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "a</w>", "b</w>", "c</w>", START, END])}
         merges = []
         while len(merges) < 25:
@@ -405,7 +407,7 @@ def test_a_limit_that_is_none_is_refused(limit):
 def test_a_prompt_that_is_too_long_is_refused(pairs):
     graph = pairs("emoji").graph
     graph(["a " * (LIMIT // 2)])
-    graph(["é" * (LIMIT // 2)] * 2)
+    graph(["é " * (LIMIT // 3)] * 2)
     for too_long in ("a" * (LIMIT + 1), "é" * (LIMIT // 2) + "\0", " " * 10**6):
         with pytest.raises(tf.errors.InvalidArgumentError, match=f"a prompt must have at most {LIMIT} bytes"):
             graph(["fine", too_long, ""])
@@ -439,5 +441,6 @@ def test_what_it_knows_is_stored_once_in_raw_variables(pairs):
     module = pairs("clip").module
     assert all(isinstance(variable, tf.Variable) and not variable.trainable for variable in module.variables)
     assert sum(variable.numpy().nbytes for variable in module.variables) < 2.5e6
-    constants = pairs("clip").graph.get_concrete_function().graph.as_graph_def().ByteSize()
-    assert constants < 200_000
+    graph = pairs("clip").graph.get_concrete_function().graph.as_graph_def()
+    nodes = [*graph.node, *(node for each in graph.library.function for node in each.node_def)]
+    assert max(node.ByteSize() for node in nodes if node.op == "Const") < 2000

@@ -8,8 +8,9 @@ mark that no text holds begins each of them and another stands for each added to
 
 import tensorflow as tf
 
-from latentdiff.export.tokenizer_normalize import CodeTable, Normalizer
+from latentdiff.export.tokenizer_normalize import Normalizer
 from latentdiff.export.tokenizer_pairs import BytePairs
+from latentdiff.export.tokenizer_tables import CodeTable, selected
 from latentdiff.export.tokenizer_unicode import ADDED, CODES, MARKS, SPACE, normalized, unicode_tables
 from latentdiff.export.tokenizer_words import replace_spellings, word_starts
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -94,7 +95,9 @@ class GraphTokenizer(tf.Module):
         rule = f"a prompt must have at most {self.max_prompt_bytes} bytes; one has"
         length_check = tf.debugging.Assert(longest <= self.max_prompt_bytes, [rule, longest])
         with tf.control_dependencies([check for check in (rank_check, length_check) if check is not None]):
-            return tf.ensure_shape(tf.identity(unknown), [None])
+            prompts = tf.identity(unknown)
+        prompts.set_shape([None])  # not `ensure_shape`, which would run beside the checks and fail first
+        return prompts
 
     def _words(self, codes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The codes of words (N,), each one's word (N,), and each word's prompt (W,)."""
@@ -107,7 +110,7 @@ class GraphTokenizer(tf.Module):
         room = self._context_length - 2
         kept = tf.where((kind != SPACE) & (ordinal - tf.gather(before, row) <= room))[:, 0]
         codes, starts, row = tf.gather(codes, kept), tf.gather(starts, kept), tf.gather(row, kept)
-        return codes, tf.cumsum(starts) - 1, tf.boolean_mask(row, starts > 0)
+        return codes, tf.cumsum(starts) - 1, selected(row, starts > 0)
 
     def _rows(self, tokens: tf.Tensor, row: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
         counts = tf.math.unsorted_segment_sum(tf.ones_like(row), row, batch)[:, None]  # (B, 1)
@@ -135,7 +138,7 @@ def _code_points(prompts: tf.Tensor) -> tf.Tensor:
 
 
 def _spellings(tokenizer: CLIPTokenizer) -> tuple[dict[str, int], dict[str, int], list[int]]:
-    """Spellings of added tokens in the text as it is typed, and in the normalized text, to their marks; the marks' ids."""
+    """Added tokens to their marks: spellings in the text as typed, those in the normalized text; and the marks' ids."""
     raw, normal, ids = {}, {}, []
     next_id = len(tokenizer.vocabulary)  # of those that the vocabulary lacks, in their order
     if len(tokenizer.added_tokens) > _ADDED_TOKENS_LIMIT:

@@ -1,4 +1,4 @@
-"""Byte pairs merged in a graph: in each word again and again the pair that comes first among the merges, leftmost first.
+"""Byte pairs merged in a graph: of each word's pairs the one that is first among the merges, again and again.
 
 Sennrich et al. 2016, algorithm 1, arXiv:1508.07909.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from latentdiff.export.tokenizer_normalize import PairTable
+from latentdiff.export.tokenizer_tables import PairTable, repeats, selected
 from latentdiff.export.tokenizer_unicode import CODES, MARKS, byte_characters
 
 __all__ = ["BytePairs"]
@@ -67,7 +67,7 @@ class BytePairs(tf.Module):
         return self._merge(tf.gather(self._first_tokens, place), word)
 
     def _merge(self, tokens: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """One number an item: its word, whether it is the word's first, and its token; one item more ends the last word."""
+        # an item is one number: its word, whether it is the word's first, its token; one more ends the last word
         words = tf.reduce_max(tf.concat([word, [-1]], axis=0)) + 1
         tokens, word = (
             tf.cast(tf.concat([values, [end]], axis=0), tf.int64) for values, end in ((tokens, 0), (word, words))
@@ -83,7 +83,7 @@ class BytePairs(tf.Module):
             # the lowest rank and, of those, the leftmost place, as one number; at most one pair a word
             size = tf.size(items, tf.int64)
             best = tf.math.unsorted_segment_min(ranked + tf.range(size), tf.bitwise.right_shift(items, 32), words + 1)
-            best = tf.gather(best, tf.where(best < _NO_RANK)[:, 0])
+            best = selected(best, best < _NO_RANK)
             at = best & _PLACE
             merged = tf.gather(self._merged, tf.bitwise.right_shift(best, 32))
             items = tf.tensor_scatter_nd_update(items, at[:, None], (tf.gather(items, at) & ~_TOKEN) + merged)
@@ -109,8 +109,7 @@ def _bytes(codes: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """UTF-8's bytes, plus 256 where they end words, and 512 plus its number for a mark; and their words."""
     is_mark = codes >= CODES
     lengths = 1 + sum(tf.cast((codes >= least) & ~is_mark, tf.int32) for least in (0x80, 0x800, 0x10000))
-    source = tf.repeat(tf.range(tf.size(codes)), lengths)
-    within = tf.range(tf.size(source)) - tf.gather(tf.cumsum(lengths, exclusive=True), source)
+    source, within = repeats(lengths)
     ends = tf.concat([word[1:] != word[:-1], [True]], axis=0)[: tf.size(word)]
 
     codes, length = tf.gather(codes, source), tf.gather(lengths, source)

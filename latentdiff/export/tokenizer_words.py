@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from latentdiff.export.tokenizer_tables import selected, shifted
 from latentdiff.export.tokenizer_unicode import ADDED, LETTER, NUMBER, OTHER, SPACE
 
 __all__ = ["find_spellings", "replace_spellings", "word_starts"]
@@ -17,23 +18,6 @@ __all__ = ["find_spellings", "replace_spellings", "word_starts"]
 # These end a word even where the vocabulary has no such token.
 _LITERALS = ("<|startoftext|>", "<|endoftext|>")
 _CONTRACTIONS = ("s", "t", "m", "d", "re", "ve", "ll")
-
-
-def shifted(values: tf.Tensor, steps: int, fill: int) -> tf.Tensor:
-    """values[i + steps], and `fill` where there is none.
-
-    Args:
-        values: (N,).
-        steps: Negative ones look back.
-        fill: What stands outside.
-
-    Returns:
-        (N,), of the same dtype.
-    """
-    outside = tf.fill([abs(steps)], tf.cast(fill, values.dtype))
-    if steps < 0:
-        return tf.concat([outside, values], axis=0)[: tf.size(values)]
-    return tf.concat([values, outside], axis=0)[steps:]
 
 
 def find_spellings(codes: tf.Tensor, spellings: Sequence[str]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -56,7 +40,7 @@ def find_spellings(codes: tf.Tensor, spellings: Sequence[str]) -> tuple[tf.Tenso
     fits = tf.reduce_all((windows[:, None, :] == patterns) | (patterns < 0), axis=2)  # (M, K)
     found = tf.reduce_any(fits, axis=1)
     which = tf.gather(np.array(order, "int32"), tf.argmax(tf.cast(fits, tf.int32), axis=1))
-    return tf.boolean_mask(at, found), tf.boolean_mask(which, found)
+    return selected(at, found), selected(which, found)
 
 
 def replace_spellings(codes: tf.Tensor, spellings: Sequence[str], marks: Sequence[int]) -> tf.Tensor:
@@ -79,7 +63,7 @@ def replace_spellings(codes: tf.Tensor, spellings: Sequence[str], marks: Sequenc
         behind[:, None], tf.ones_like(at), size
     )
     codes = tf.tensor_scatter_nd_update(codes, at[:, None], tf.gather(np.array(marks, "int32"), which))
-    return tf.boolean_mask(codes, tf.cumsum(opened)[:-1] == 0)
+    return selected(codes, tf.cumsum(opened)[:-1] == 0)
 
 
 def word_starts(codes: tf.Tensor, kind: tf.Tensor) -> tf.Tensor:
@@ -116,6 +100,6 @@ def _literal_ends(codes: tf.Tensor, kind: tf.Tensor) -> tf.Tensor:
     chain = tf.cumsum(tf.cast(~follows, tf.int32))
     free = tf.gather(shifted(kind, -1, SPACE), at) != OTHER
     chain_free = tf.math.unsorted_segment_max(tf.cast(free, tf.int32), chain, tf.size(at) + 1)
-    behind = tf.boolean_mask(behind, tf.gather(chain_free, chain) > 0)
+    behind = selected(behind, tf.gather(chain_free, chain) > 0)
     size = tf.shape(codes) + 1
     return tf.scatter_nd(behind[:, None], tf.ones_like(behind), size)[:-1] > 0
