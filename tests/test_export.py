@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -13,12 +14,14 @@ from tiny_models import numbers, parts
 
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.diffusion.samplers import SAMPLERS, make_table
+from latentdiff.models.tokenizer import TruncationWarning
 from latentdiff.pipeline import TextToImage
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("a SavedModel is TensorFlow's", allow_module_level=True)
 
 import tensorflow as tf
+from c_api import INVALID_ARGUMENT, CApiError, ServedModel
 
 from latentdiff.export import export_saved_model
 from latentdiff.export.sampler_book import make_book
@@ -293,6 +296,81 @@ print(json.dumps(sorted(signatures)))
     expected = {"serving_default", "encode_text", *parts_of, *(f"{name}_4x8" for name in parts_of)}
     assert set(json.loads(done.stdout)) == expected
     assert grey_levels(np.load(file)[None], generate(["a cat"], seed=[3])[0]) <= 1
+
+
+@pytest.fixture(scope="module")
+def served(exported):
+    """The model in a process without TensorFlow's Python, as a server has it."""
+    with ServedModel(exported) as model:
+        yield model
+
+
+def pictures(out):
+    return decoded(tf.constant(list(out["image_bytes"])))
+
+
+def test_server_gives_the_same_pixels(served, generate):
+    out = served.run("generate", {"prompt": PROMPTS, "seed": np.array([3, 4, 5])})  # the rest are defaults
+    images, _ = generate(PROMPTS, seed=[3, 4, 5])
+    assert out["seed"].tolist() == [3, 4, 5]
+    assert grey_levels(pictures(out), images) <= 1
+    out = served.run("serving_default", {"prompt": ["a cat"]})
+    assert grey_levels(pictures(out), generate(["a cat"], seed=out["seed"])[0]) <= 1
+    assert [name for name in served.modules if name.startswith("tensorflow.python")] == []
+
+
+def malformed(rng):
+    """A request of `generate` that is wrong in one way, or only odd."""
+    inputs = {"prompt": ["a cat"], "seed": np.array([1]), "num_steps": np.array([1], "int32")}
+    inputs["guidance_scale"] = np.array([1.0], "float32")
+    kind = rng.integers(8)
+    if kind == 0:
+        inputs["num_steps"] = rng.integers(-(2**31), 2**31, 1, "int32")
+    elif kind == 1:
+        inputs["guidance_scale"] = rng.choice([np.nan, np.inf, -np.inf, -1, 1e38, 100.5], 1).astype("float32")
+    elif kind == 2:
+        inputs["seed"] = rng.integers(-(2**63), 2**63 - 1, 1)
+    elif kind == 3:
+        name = rng.choice(["seed", "num_steps", "guidance_scale"])
+        inputs[name] = np.repeat(inputs[name], rng.choice([0, 2, 3, 9, 1000]))
+    elif kind == 4:
+        name = rng.choice(["seed", "num_steps", "guidance_scale"])
+        inputs[name] = inputs[name].reshape(rng.choice([0, 2, 3]) * (1,))
+    elif kind == 5:
+        inputs["prompt"] = ["x" * int(n) for n in rng.integers(0, 300, rng.integers(0, 12))]
+    elif kind == 6:
+        inputs["prompt"] = [rng.bytes(rng.integers(0, 120)) for _ in range(rng.integers(1, 4))]
+    else:
+        inputs["sampler"] = [rng.bytes(rng.integers(0, 12))]
+    return inputs
+
+
+def test_server_survives_its_clients(served):
+    rng = np.random.default_rng(0)
+    answers = {"pictures": 0, "refused": 0}
+    for _ in range(200):
+        try:
+            out = served.run("generate", malformed(rng))
+        except CApiError as error:
+            assert error.code == INVALID_ARGUMENT, error.message
+            answers["refused"] += 1
+        else:
+            assert all(file.startswith(b"\x89PNG") for file in out["image_bytes"])
+            answers["pictures"] += 1
+    assert min(answers.values()) > 20
+    assert served.run("serving_default", {"prompt": ["a cat"]})["seed"].shape == (1,)
+
+
+def test_any_bytes_have_tokens(served, tiny_pipe):
+    rng = np.random.default_rng(1)
+    prompts = [rng.bytes(rng.integers(0, 101)) for _ in range(1000)]
+    for start in range(0, len(prompts), 8):
+        part = prompts[start : start + 8]
+        tokens = served.run("encode_text", {"prompt": part})["tokens"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)
+            expected = tiny_pipe.tokenizer([prompt.decode(errors="replace") for prompt in part])
+        np.testing.assert_array_equal(tokens, expected)
 
 
 def test_weights_are_on_disk_once(exported, tiny_pipe):

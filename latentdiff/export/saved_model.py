@@ -91,7 +91,7 @@ def export_saved_model(
     pixels = [(height * factor, width * factor) for height, width, _ in shapes]
     book = make_book(pipeline.settings, pipeline.schedule, samplers, max_steps)
     with replaced_directory(directory) as fresh:
-        module = Signatures(
+        signatures = Signatures(
             Arrow(pipeline, book, jit_compile),
             GraphTokenizer(pipeline.tokenizer, max_prompt_bytes),
             limits,
@@ -99,7 +99,7 @@ def export_saved_model(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
         )
-        tf.saved_model.save(module, str(fresh), signatures=module.functions)
+        tf.saved_model.save(signatures.module, str(fresh), signatures=signatures.functions)
         prompt = tf.constant(["a red heart"])
         one = {"prompt": prompt, "num_steps": tf.constant([1])}
         warm = [(f"generate_{h}x{w}" if i else "generate", one) for i, (h, w) in enumerate(pixels)]
@@ -110,7 +110,7 @@ def export_saved_model(
             "dtype": pipeline.dtype,
             "sizes": pixels,
             "samplers": book.samplers,
-            "defaults": {name: _plain(value) for name, value in module.defaults.items()},
+            "defaults": {name: _plain(value) for name, value in signatures.defaults.items()},
             "limits": asdict(limits),
             "prediction": pipeline.settings.prediction,
             "parameters": {

@@ -35,8 +35,8 @@ _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _BYTES_PER_PIXEL = 8  # of a PNG that is taken: RGBA of 16 bits, as if nothing could be compressed
 
 
-class Signatures(tf.Module):
-    """Everything that is saved: the functions, the tokenizer's tables and the networks' variables, each once.
+class Signatures:
+    """The functions of a SavedModel, and the module that holds what they refer to, each variable once.
 
     Args:
         arrow: the networks and the samplers.
@@ -45,6 +45,11 @@ class Signatures(tf.Module):
         sizes: (height, width) in pixels; the first is the default.
         num_steps: the default.
         guidance_scale: the default.
+
+    Attributes:
+        functions: by the signature's name.
+        module: the tokenizer's tables and the networks' variables, to be saved.
+        defaults: of `generate`, as eager tensors.
     """
 
     def __init__(
@@ -57,13 +62,14 @@ class Signatures(tf.Module):
         num_steps: int,
         guidance_scale: float,
     ):
-        super().__init__()
         self.arrow, self.tokenize, self.limits = arrow, tokenizer, limits
+        self.module = tf.Module()
+        self.module.tokenizer = tokenizer
         pipeline = arrow.pipeline
         networks = (pipeline.text_encoder, pipeline.unet, pipeline.autoencoder)
         # TensorFlow's own variables and not Keras': the C++ runtime restores no other (it finds the handle of a Keras
         # variable twice in the graph, and one of the two is never restored).
-        self.raw = [variable.value for network in networks for variable in network.variables]
+        self.module.raw = [variable.value for network in networks for variable in network.variables]
         own = pipeline.settings.sampler
         self.defaults = {
             "negative_prompt": tf.constant([""]),
