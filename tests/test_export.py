@@ -399,7 +399,9 @@ def test_warmup_requests_are_those_of_a_server(exported, loaded):
         given = {name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
         missing = set(signature.structured_input_signature[1]) - set(given)
         defaults = {"negative_prompt": [""], "guidance_scale": [2.0], "sampler": ["ddim"]}
-        given |= {name: tf.constant([1], tf.int64) if name == "seed" else tf.constant(defaults[name]) for name in missing}
+        given |= {
+            name: tf.constant([1], tf.int64) if name == "seed" else tf.constant(defaults[name]) for name in missing
+        }
         assert signature(**given)["image_bytes"].shape == (1,)
 
 

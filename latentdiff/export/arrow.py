@@ -26,11 +26,17 @@ class Arrow:
         pipeline: whose networks these are.
         book: the samplers that may be chosen.
         jit_compile: whether a network's evaluation is compiled by XLA.
+
+    Attributes:
+        rows: the book's longest columns, as variables.
     """
 
     def __init__(self, pipeline: TextToImage, book: SamplerBook, jit_compile: bool = False):
         self.pipeline, self.book = pipeline, book
         self.clips = bool((book.clip < float("inf")).any())
+        # As variables they lie in the SavedModel once; as constants they would in every function that reads them.
+        columns = {"timestep": book.timestep, "signal": book.signal, "noise": book.noise, "matrix": book.matrix}
+        self.rows = {name: tf.Variable(column, trainable=False, name=name) for name, column in columns.items()}
         self._evaluate = tf.function(self._network, jit_compile=jit_compile, autograph=False)
 
     def encode(self, tokens: Any) -> Any:
@@ -74,8 +80,8 @@ class Arrow:
         def body(i, state):
             going = i < num_rows  # (B,)
             row = first + tf.minimum(i, num_rows - 1)  # (B,)
-            timestep, signal, noise = (tf.gather(a, row) for a in (book.timestep, book.signal, book.noise))
-            matrix = tf.where(going[:, None, None], tf.gather(book.matrix, row), still)  # (B, 4, 7)
+            timestep, signal, noise, matrix = (tf.gather(column, row) for column in self.rows.values())
+            matrix = tf.where(going[:, None, None], matrix, still)  # (B, 4, 7)
             output = tf.cond(
                 tf.reduce_any(guided & going),
                 lambda: self._guided(state[0], timestep, both, scale, guided),

@@ -1,6 +1,6 @@
 """What a request may ask for: limits that stand in the graph, checked before any work.
 
-Each check ends a call with INVALID_ARGUMENT and a text that names the rule. A vector of length 1 serves the whole batch.
+Each check ends a call with INVALID_ARGUMENT and a text that names the rule. One entry serves the whole batch.
 """
 
 from __future__ import annotations
@@ -53,6 +53,30 @@ def checked(tensors: Mapping[str, Any], checks: list[Any]) -> dict[str, Any]:
         return {name: tf.identity(tensor) for name, tensor in tensors.items()}
 
 
+def shaped(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a request, once their shapes are those that the signature promises: no runtime checks that.
+
+    Args:
+        tensors: the inputs by name, with their static shapes: (None, ...).
+
+    Returns:
+        The same names; what is made of them waits for the check.
+    """
+    checks, unknown = [], {}
+    for name, tensor in tensors.items():
+        # Otherwise the promise makes the check a constant.
+        unknown[name] = tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=tf.TensorShape(None))
+        wanted, found = tensor.shape.as_list(), tf.shape(unknown[name])
+        words = ", ".join(["B", *map(str, wanted[1:])]) + ("," if len(wanted) == 1 else "")
+        same_rank = tf.equal(tf.size(found), len(wanted))
+        same = tf.cond(same_rank, lambda f=found, w=wanted: tf.reduce_all(tf.equal(f[1:], w[1:])), lambda: False)
+        checks.append(check(same, f"`{name}` must have the shape ({words}). Received:", found))
+    done = checked(unknown, checks)
+    for name, tensor in tensors.items():
+        done[name].set_shape(tensor.shape)
+    return done
+
+
 def batch_of(tensors: Mapping[str, Any], limits: Limits) -> tuple[Any, list[Any]]:
     """The size of a batch whose tensors have its length or 1, and the checks of it.
 
@@ -66,7 +90,9 @@ def batch_of(tensors: Mapping[str, Any], limits: Limits) -> tuple[Any, list[Any]
     lengths = {name: tf.shape(tensor)[0] for name, tensor in tensors.items()}
     size = tf.reduce_max(tf.stack(list(lengths.values())))
     most = limits.max_batch
-    checks = [check((size >= 1) & (size <= most), f"a request must ask for 1 to {most} pictures (max_batch). Received:", size)]
+    checks = [
+        check((size >= 1) & (size <= most), f"a request must ask for 1 to {most} pictures (max_batch). Received:", size)
+    ]
     for name, length in lengths.items():
         fits = ((length == 1) | (length == size)) & (length >= 1)
         checks.append(check(fits, f"`{name}` must have one entry, or one for each picture. Received:", length))
@@ -91,19 +117,17 @@ def settings_of(tensors: Mapping[str, Any], book: SamplerBook, limits: Limits) -
     known = tf.reduce_all(tf.reduce_any(named, axis=1))
     in_range = tf.reduce_all((steps >= 1) & (steps <= limits.max_steps))
     # Looked up within the book's bounds, also where another check is about to fail.
-    rows = tf.gather_nd(book.num_rows, tf.stack(_broadcast(place, tf.clip_by_value(steps, 0, limits.max_steps)), axis=1))
+    places = _broadcast(place, tf.clip_by_value(steps, 0, limits.max_steps))
+    has_table = tf.reduce_all((tf.gather_nd(book.num_rows, tf.stack(places, axis=1)) > 0) | ~in_range | ~known)
     most = limits.max_guidance_scale
-    sound = tf.math.is_finite(scale) & (scale >= 0) & (scale <= most)
+    sound = tf.reduce_all(tf.math.is_finite(scale) & (scale >= 0) & (scale <= most))
+    seeds = tf.reduce_all(seed >= FRESH_SEED)
     checks = [
         check(known, f"`sampler` must be one of {', '.join(book.samplers)}. Received:", sampler),
         check(in_range, f"`num_steps` must lie in 1 .. {limits.max_steps} (max_steps). Received:", steps),
-        check(
-            tf.reduce_all((rows > 0) | ~in_range | ~known), "`num_steps` is more than its sampler takes. Received:", steps
-        ),
-        check(tf.reduce_all(sound), f"`guidance_scale` must lie in 0 .. {most:g} (max_guidance_scale). Received:", scale),
-        check(
-            tf.reduce_all(seed >= FRESH_SEED), "`seed` must lie in 0 .. 2**63 - 1, or be -1 for a fresh one. Received:", seed
-        ),
+        check(has_table, "`num_steps` is more than its sampler takes. Received:", steps),
+        check(sound, f"`guidance_scale` must lie in 0 .. {most:g} (max_guidance_scale). Received:", scale),
+        check(seeds, "`seed` must lie in 0 .. 2**63 - 1, or be -1 for a fresh one. Received:", seed),
     ]
     return {"seed": seed, "num_steps": steps, "guidance_scale": scale, "sampler": place}, checks
 

@@ -143,7 +143,7 @@ def _card(name: str, settings: dict[str, Any], licences: str) -> str:
     sizes = ", ".join(f"{width} x {height}" for height, width in settings["sizes"])
     return f"""# {name or "A latent diffusion model"}
 
-Text to image by latent diffusion, exported by latentdiff {settings["latentdiff"]} from TensorFlow {settings["tensorflow"]}.
+Text to image by latent diffusion, exported by latentdiff {settings["latentdiff"]}, TensorFlow {settings["tensorflow"]}.
 A prompt goes in (`prompt`, strings in UTF-8), a PNG comes out (`image_bytes`), with the seed that it was made from.
 
 Parameters: {counts}. Computes in {settings["dtype"]}. Pictures (width x height): {sizes}.

@@ -1,4 +1,4 @@
-"""The signatures of an exported pipeline: what a server's clients may call, as traced functions over one set of weights.
+"""The signatures of an exported pipeline: what a server's clients may call, functions over one set of weights.
 
     serving_default   prompt -> image_bytes, seed
     generate          prompt, negative_prompt, seed, num_steps, guidance_scale, sampler -> image_bytes, seed
@@ -26,6 +26,7 @@ from latentdiff.export.requests import (
     checked,
     fresh_seeds,
     settings_of,
+    shaped,
     spread,
 )
 from latentdiff.export.tokenizer import GraphTokenizer
@@ -65,6 +66,7 @@ class Signatures:
         self.arrow, self.tokenize, self.limits = arrow, tokenizer, limits
         self.module = tf.Module()
         self.module.tokenizer = tokenizer
+        self.module.rows = list(arrow.rows.values())
         pipeline = arrow.pipeline
         networks = (pipeline.text_encoder, pipeline.unet, pipeline.autoencoder)
         # TensorFlow's own variables and not Keras': the C++ runtime restores no other (it finds the handle of a Keras
@@ -117,11 +119,14 @@ class Signatures:
         }
         self.functions |= {f"{name}{suffix}": function for name, function in traced.items()}
         if not suffix:
-            self.functions[SERVING_DEFAULT] = _traced(lambda prompt: traced["generate"](prompt, *default.values()), strings)
+            self.functions[SERVING_DEFAULT] = _traced(
+                lambda prompt: traced["generate"](prompt, *default.values()), strings
+            )
             self.functions["encode_text"] = _traced(lambda prompt: self._encode_text(prompt), strings)
 
     def _generate(self, shape, prompt, negative_prompt, settings) -> dict[str, Any]:
-        inputs = {"prompt": prompt, "negative_prompt": negative_prompt, **settings}
+        inputs = shaped({"prompt": prompt, "negative_prompt": negative_prompt, **settings})
+        settings = {name: inputs[name] for name in settings}
         size, checks = batch_of(inputs, self.limits)
         found, more = settings_of(settings, self.arrow.book, self.limits)
         inputs = checked({**inputs, **found}, checks + more)
@@ -140,12 +145,13 @@ class Signatures:
         return {"image_bytes": self._png(latent), "seed": seed}
 
     def _encode_text(self, prompt) -> dict[str, Any]:
-        _, checks = batch_of({"prompt": prompt}, self.limits)
-        tokens, context = self._context(checked({"prompt": prompt}, checks)["prompt"])
+        inputs = shaped({"prompt": prompt})
+        _, checks = batch_of(inputs, self.limits)
+        tokens, context = self._context(checked(inputs, checks)["prompt"])
         return {"tokens": tokens, "context": tf.cast(context, tf.float32)}
 
     def _denoise(self, latent, timestep, context) -> dict[str, Any]:
-        inputs = {"latent": latent, "timestep": timestep, "context": context}
+        inputs = shaped({"latent": latent, "timestep": timestep, "context": context})
         size, checks = batch_of(inputs, self.limits)
         checks += [_finite(name, value) for name, value in inputs.items()]
         latent, timestep, context = (spread(value, size) for value in checked(inputs, checks).values())
@@ -153,20 +159,23 @@ class Signatures:
         return {"prediction": self.arrow.denoise(latent, timestep, context)}
 
     def _decode(self, latent) -> dict[str, Any]:
-        _, checks = batch_of({"latent": latent}, self.limits)
-        latent = checked({"latent": latent}, [*checks, _finite("latent", latent)])["latent"]
+        inputs = shaped({"latent": latent})
+        _, checks = batch_of(inputs, self.limits)
+        latent = checked(inputs, checks)["latent"]
         return {"image_bytes": self._png(latent)}
 
     def _encode_image(self, image_bytes, height: int, width: int) -> dict[str, Any]:
-        _, checks = batch_of({"image_bytes": image_bytes}, self.limits)
+        inputs = shaped({"image_bytes": image_bytes})
+        _, checks = batch_of(inputs, self.limits)
+        image_bytes = inputs["image_bytes"]
         # The size stands in the file's first bytes: nothing larger than the model's pictures is ever unpacked.
         start = _PNG_START + width.to_bytes(4, "big") + height.to_bytes(4, "big")
         is_png = tf.equal(tf.strings.substr(image_bytes, 0, len(start)), start)
         most = _BYTES_PER_PIXEL * height * width + 65536
-        rule = f"`image_bytes` must be PNG files of {width} x {height} pixels, of at most {most} bytes. Received, in bytes:"
+        rule = f"`image_bytes` must be PNG files of {width} x {height} pixels, of at most {most} bytes. Their bytes:"
         sizes = tf.strings.length(image_bytes)
         checks.append(check(tf.reduce_all(is_png & (sizes <= most)), rule, sizes))
-        files = checked({"files": image_bytes}, checks)["files"]
+        files = checked(inputs, checks)["image_bytes"]
         images = tf.map_fn(
             lambda file: tf.ensure_shape(tf.io.decode_png(file, channels=3), (height, width, 3)),
             files,
