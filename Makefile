@@ -38,8 +38,14 @@ JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 run: $(VENV)/.run
 	$(VENV)/bin/latentdiff generate "$$PROMPT" --output "$$OUTPUT"
 
+# Both backends at once: each spends most of its time on one core, tracing and compiling.
 test: $(VENV)/.test
+	$(MAKE) --no-print-directory -j2 test-tensorflow test-jax
+
+test-tensorflow: $(VENV)/.test
 	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest tests --ignore=tests/peers
+
+test-jax: $(VENV)/.test
 	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=jax $(VENV)/bin/python -m pytest tests --ignore=tests/peers $(JAX_IGNORES)
 
 lint: $(VENV)/.lint
