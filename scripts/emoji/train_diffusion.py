@@ -17,7 +17,7 @@ from muon import KernelMuon, WarmupStableDecay
 from records import Record, read_index
 
 from latentdiff import presets
-from latentdiff.backend import Compiled, keep_freed_memory, to_numpy
+from latentdiff.backend import Compiled, to_numpy
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.checkpoints.files import check_replaceable
 from latentdiff.diffusion.process import GaussianDiffusion
@@ -25,7 +25,7 @@ from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
-from latentdiff.training import Checkpoint, DiffusionTraining
+from latentdiff.training import Checkpoint, DiffusionTraining, KeepFreedMemory
 
 CONTEXT_LENGTH = 32
 TEXT_ENCODER = {"width": 192, "depth": 4, "heads": 4, "mlp_width": 768}
@@ -143,9 +143,7 @@ def main(
     print(f"{unet.count_params():,} + {text_encoder.count_params():,} + {autoencoder.count_params():,} parameters")
     if first_step < steps:
         batches = CaptionedLatents(latents, tokens, train, shares, batch_size, first_step, steps)
-        first_batch = keras.callbacks.LambdaCallback(on_train_begin=None)
-        first_batch.on_train_batch_begin = lambda batch, logs=None: batch or keep_freed_memory()
-        model.fit(batches, callbacks=[checkpoint, first_batch], shuffle=False)
+        model.fit(batches, callbacks=[checkpoint, KeepFreedMemory()], shuffle=False)
     size = latents.shape[1:3]
     parts = presets.Parts(tokenizer, text_encoder, unet, autoencoder, SETTINGS, (int(size[0]), int(size[1])))
     presets.save_pipeline(parts, preset, dtype="float16", overwrite=True)
