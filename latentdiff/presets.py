@@ -1,4 +1,4 @@
-"""Names and directories -> networks with their weights, and back; the files are `latentdiff.checkpoints`' business."""
+"""Names, directories and files -> networks with their weights, and back; `latentdiff.checkpoints` knows the files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_scheduler
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.checkpoints.files import CheckpointError, replaced_directory
+from latentdiff.checkpoints.sources import open_source
 from latentdiff.diffusion.schedule import (
     Schedule,
     cosine_schedule,
@@ -31,7 +32,7 @@ from latentdiff.models.unet import UNet
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 _PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
-SAMPLE_SIZE = 64  # latents of models whose directory does not say: Stable Diffusion's
+SAMPLE_SIZE = 64  # latents of models whose files do not say: Stable Diffusion's
 
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {
     "unet": UNet,
@@ -58,33 +59,40 @@ class Parts:
     sample_size: tuple[int, int]
 
 
-def load_pipeline(preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None) -> Parts:
-    """The parts of a model directory.
+def load_pipeline(
+    preset: str | os.PathLike,
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
+    ema: bool = False,
+    prediction: str | None = None,
+) -> Parts:
+    """The parts of a pipeline.
 
     Args:
-        preset: a name in `weights/`, or a pipeline's directory.
+        preset: a name in `weights/`, a pipeline's directory, or a single `.safetensors` file of LDM's layout.
         dtype: what the networks hold and compute in, one of `DTYPES`; None chooses by the device.
         variant: of the weights' files, for example "fp16", which every network must have; None takes the plain files,
             or the only variant that there is.
+        ema: whether a single file's averaged weights are read, where it holds both kinds.
+        prediction: "eps", "v" or "x0", what the UNet was trained to predict, where the files do not say it or say it
+            wrongly.
 
     Raises:
-        ValueError: the name or the dtype is unknown, or the directory's files are malformed or ask for what cannot be
-            done here.
-        FileNotFoundError: the directory lacks a file.
+        ValueError: the name or the dtype is unknown, or the files are malformed or ask for what cannot be done here.
+        FileNotFoundError: a file is missing.
     """
     dtype = _dtype(dtype)
-    directory = resolve_preset(preset)
-    diffusers.read_pipeline_index(directory)
-    settings = diffusers_scheduler.read_scheduler(directory)
+    source = open_source(resolve_preset(preset), ema=ema, prediction=prediction)
+    settings = source.settings()
     try:
         make_schedule(settings)
     except ValueError as error:
-        path = diffusers_scheduler.find_scheduler(directory)
-        raise CheckpointError(f"`{path}` must describe a schedule. {error}") from error
-    tokenizer = CLIPTokenizer.from_directory(directory)
+        raise CheckpointError(f"`{source.path}` must describe a schedule. {error}") from error
+    tokenizer = CLIPTokenizer(**source.tokenizer())
     # All files are opened and checked before the first network is built.
     held = _held_dtype(dtype)
-    components = {kind: diffusers.read_component(directory, kind, dtype=held, variant=variant) for kind in _NETWORKS}
+    components = {kind: source.component(kind, dtype=held, variant=variant) for kind in _NETWORKS}
     unet, autoencoder, text_encoder = (components[kind].config for kind in ("unet", "autoencoder", "text_encoder"))
     _check_fit("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"])
     _check_fit("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"])
@@ -96,16 +104,17 @@ def load_pipeline(preset: str | os.PathLike, dtype: str | None = None, *, varian
             f"{tokenizer.vocabulary_size} tokens, {text_encoder['vocabulary_size']} embeddings."
         )
     if tokenizer.context_length > text_encoder["context_length"]:
-        tokenizer = CLIPTokenizer.from_directory(directory, context_length=text_encoder["context_length"])
-    size = components["unet"].details.get("sample_size") or SAMPLE_SIZE
-    height, width = (size, size) if isinstance(size, int) else size
+        tokenizer = CLIPTokenizer(**{**source.tokenizer(), "context_length": text_encoder["context_length"]})
+    size = source.sample_size() or (SAMPLE_SIZE, SAMPLE_SIZE)
     networks = {kind: _network(component, dtype) for kind, component in components.items()}
-    return Parts(tokenizer, settings=settings, sample_size=(height, width), **networks)  # pyright: ignore[reportArgumentType]
+    return Parts(tokenizer, settings=settings, sample_size=size, **networks)  # pyright: ignore[reportArgumentType]
 
 
-def load_unet(preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None) -> UNet:
-    """The UNet of a pipeline's directory, or of its own. Raises as `load_pipeline`."""
-    return _load("unet", preset, dtype, variant)  # pyright: ignore[reportReturnType]
+def load_unet(
+    preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None, ema: bool = False
+) -> UNet:
+    """The UNet of a pipeline, or of a directory or a file of its own. Arguments and errors as `load_pipeline`'s."""
+    return _load("unet", preset, dtype, variant, ema)  # pyright: ignore[reportReturnType]
 
 
 def load_autoencoder(
@@ -114,28 +123,29 @@ def load_autoencoder(
     dtype: str | None = None,
     *,
     variant: str | None = None,
+    ema: bool = False,
 ) -> Autoencoder:
-    """The autoencoder of a pipeline's directory, or of its own. Raises as `load_pipeline`.
+    """The autoencoder of a pipeline, or of a directory or a file of its own. Raises as `load_pipeline`.
 
     Args:
-        preset: a name in `weights/`, or a directory.
+        preset: a name in `weights/`, a directory, or a single file.
         norm_epsilon: another epsilon of its norms than the 1e-6 of diffusers' files; the documents' code has 1e-5.
-        dtype, variant: as for `load_pipeline`.
+        dtype, variant, ema: as for `load_pipeline`.
     """
     changes = {} if norm_epsilon is None else {"norm_epsilon": norm_epsilon}
-    return _load("autoencoder", preset, dtype, variant, **changes)  # pyright: ignore[reportReturnType]
+    return _load("autoencoder", preset, dtype, variant, ema, **changes)  # pyright: ignore[reportReturnType]
 
 
 def load_text_encoder(
     preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None
 ) -> CLIPTextEncoder:
-    """The text encoder of a pipeline's directory, or of its own. Raises as `load_pipeline`."""
+    """The text encoder of a pipeline, or of a directory or a file of its own. Raises as `load_pipeline`."""
     return _load("text_encoder", preset, dtype, variant)  # pyright: ignore[reportReturnType]
 
 
 def load_tokenizer(preset: str | os.PathLike) -> CLIPTokenizer:
-    """The tokenizer of a pipeline's directory, or of its own. Raises as `load_pipeline`."""
-    return CLIPTokenizer.from_directory(resolve_preset(preset))
+    """The tokenizer of a pipeline, or of a directory of its own. Raises as `load_pipeline`."""
+    return CLIPTokenizer(**open_source(resolve_preset(preset)).tokenizer())
 
 
 def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
@@ -208,9 +218,12 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
         yield from ((variable.path, variable) for variable in network.variables)
 
 
-def _load(kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, **changes: Any) -> keras.Model:
+def _load(
+    kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, ema: bool = False, **changes: Any
+) -> keras.Model:
     dtype = _dtype(dtype)
-    component = diffusers.read_component(resolve_preset(preset), kind, dtype=_held_dtype(dtype), variant=variant)
+    source = open_source(resolve_preset(preset), ema=ema)
+    component = source.component(kind, dtype=_held_dtype(dtype), variant=variant)
     return _network(component, dtype, **changes)
 
 

@@ -170,7 +170,7 @@ def test_schedule_that_cannot_be_is_told_with_its_file_before_a_weight_is_read(f
     path = copied / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     monkeypatch.setattr(diffusers, "read_component", lambda *a, **k: pytest.fail("weights were opened"))
-    with pytest.raises(CheckpointError, match="scheduler_config.json` must describe a schedule. .*Received"):
+    with pytest.raises(CheckpointError, match="copy` must describe a schedule. .*Received"):
         ld.TextToImage.from_preset(copied)
 
 

@@ -59,7 +59,7 @@ class Component:
 
     Attributes:
         kind: "unet", "autoencoder" or "text_encoder".
-        directory: Its own directory.
+        directory: Its own directory, or the file that it came from.
         config: Its constructor's keyword arguments.
         details: Fields that change no number and are worth writing back: `sample_size`, token ids.
         weights: Variable path -> array, read when asked for.
@@ -70,7 +70,7 @@ class Component:
     directory: Path
     config: dict[str, Any]
     details: dict[str, Any]
-    weights: Weights
+    weights: Mapping[str, np.ndarray]
     ignored: tuple[str, ...]
 
 
@@ -108,6 +108,18 @@ def find_component(directory: str | os.PathLike, kind: str) -> Path:
     )
 
 
+def has_component(directory: str | os.PathLike, kind: str) -> bool:
+    """Whether a pipeline's directory has the component, or `directory` is the component's own."""
+    try:
+        path = find_component(directory, kind)
+    except FileNotFoundError:
+        return False
+    if path != Path(directory):
+        return True
+    names = _class_names(read_json(path / "config.json"))
+    return not names or names[0] in KINDS[kind].class_names
+
+
 def read_config(directory: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A component's constructor arguments and details, without its weights.
 
@@ -118,9 +130,8 @@ def read_config(directory: str | os.PathLike, kind: str) -> tuple[dict[str, Any]
     path = find_component(directory, kind) / "config.json"
     values = read_json(path)
     classes = KINDS[kind].class_names
-    names = values.get("_class_name", values.get("architectures"))
-    for name in names if isinstance(names, list) else [names]:
-        if name is not None and name not in classes:
+    for name in _class_names(values):
+        if name not in classes:
             raise CheckpointError(f"`{path}` must be a configuration of {' or '.join(classes)}. Received: {name!r:.80}")
     return KINDS[kind].module.read_config(values, str(path))
 
@@ -277,6 +288,12 @@ def write_pipeline_index(directory: str | os.PathLike, sampler_class: str) -> No
             **parts,
         },
     )
+
+
+def _class_names(values: Mapping[str, Any]) -> list[Any]:
+    """The classes that a configuration says it is of; older ones may say none."""
+    names = values.get("_class_name", values.get("architectures"))
+    return [name for name in (names if isinstance(names, list) else [names]) if name is not None]
 
 
 def _check_kind(kind: str) -> None:
