@@ -29,7 +29,7 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
 # The same tests run on JAX, less those that touch no array.
-NO_ARRAYS := architecture cli emoji_recipe packaging pictures
+NO_ARRAYS := architecture cli emoji_recipe mutated_files packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 .PHONY: run test test-tensorflow test-jax lint format peers wheel clean
@@ -38,8 +38,14 @@ JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 run: $(VENV)/.run
 	$(VENV)/bin/latentdiff generate "$$PROMPT" --output "$$OUTPUT"
 
+# Both backends at once: each spends most of its time on one core, tracing and compiling.
 test: $(VENV)/.test
+	$(MAKE) --no-print-directory -j2 test-tensorflow test-jax
+
+test-tensorflow: $(VENV)/.test
 	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest tests --ignore=tests/peers
+
+test-jax: $(VENV)/.test
 	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=jax $(VENV)/bin/python -m pytest tests --ignore=tests/peers $(JAX_IGNORES)
 
 lint: $(VENV)/.lint

@@ -51,24 +51,41 @@ class TextToImage:
 
     @classmethod
     def from_preset(
-        cls, preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None
+        cls,
+        preset: str | os.PathLike,
+        dtype: str | None = None,
+        *,
+        variant: str | None = None,
+        ema: bool = False,
+        prediction: str | None = None,
     ) -> TextToImage:
-        """The pipeline of a model directory.
+        """The pipeline of a model directory, or of a single file.
 
         Args:
-            preset: a name in `weights/`, such as "emoji", or a diffusers directory of Stable Diffusion 1.x or 2.x.
+            preset: a name in `weights/`, such as "emoji", a diffusers directory of Stable Diffusion 1.x or 2.x, or one
+                `.safetensors` file of theirs in LDM's layout.
             dtype: what the networks hold and compute in: "float32", "bfloat16", "float16"; None chooses by the device.
             variant: of the weights' files, for example "fp16"; None takes the plain ones, or the only variant there is.
+            ema: whether the averaged weights of the UNet are read, where a single file holds both kinds.
+            prediction: "eps", "v" or "x0", what the UNet predicts, where the files do not say it: a single file of
+                Stable Diffusion 2.x does not.
 
         Raises:
             ValueError: the name is unknown, or the files are malformed or ask for what cannot be done here.
-            FileNotFoundError: the directory lacks a file.
+            FileNotFoundError: a file is missing.
         """
-        return cls(presets.load_pipeline(preset, dtype, variant=variant))
+        return cls(presets.load_pipeline(preset, dtype, variant=variant, ema=ema, prediction=prediction))
 
-    def save_to_preset(self, directory: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
+    def save_to_preset(
+        self,
+        directory: str | os.PathLike,
+        dtype: str | None = "float32",
+        overwrite: bool = False,
+        *,
+        max_shard_size: int | str | None = None,
+    ) -> None:
         """Writes a diffusers directory, whole or not at all; see `presets.save_pipeline`."""
-        presets.save_pipeline(self.parts, directory, dtype, overwrite)
+        presets.save_pipeline(self.parts, directory, dtype, overwrite, max_shard_size=max_shard_size)
 
     @property
     def dtype(self) -> str:

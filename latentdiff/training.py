@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from latentdiff.backend import to_numpy
+from latentdiff.backend import keep_freed_memory, to_numpy
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.models.autoencoder import Autoencoder
 
@@ -187,3 +187,11 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _variables(self) -> list:
         return [*self.model.variables, *self.model.optimizer.variables]
+
+
+class KeepFreedMemory(keras.callbacks.Callback):
+    """Spares a CPU the fetching of memory that a training step gives back and wants again; see `keep_freed_memory`."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0:
+            keep_freed_memory()

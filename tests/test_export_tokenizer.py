@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentdiff.catalogue import resolve_preset
+from latentdiff.checkpoints.tokenizer_files import read_tokenizer
 from latentdiff.models.tokenizer import AddedToken, CLIPTokenizer, TruncationWarning
-from latentdiff.models.tokenizer_files import read_tokenizer
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("a graph is TensorFlow's", allow_module_level=True)

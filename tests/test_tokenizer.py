@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentdiff.models import tokenizer_files
+from latentdiff.checkpoints import tokenizer_files
 from latentdiff.models.tokenizer import AddedToken, CLIPTokenizer, TruncationWarning
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizer"

@@ -1,5 +1,6 @@
-"""The whole arrow as one TensorFlow SavedModel, its tokenizer in the graph."""
+"""A pipeline as other programs take it: one TensorFlow SavedModel of the whole arrow, or its networks alone."""
 
+from latentdiff.export.networks import export_networks
 from latentdiff.export.saved_model import export_saved_model
 
-__all__ = ["export_saved_model"]
+__all__ = ["export_networks", "export_saved_model"]

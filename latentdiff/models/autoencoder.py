@@ -168,8 +168,9 @@ class Autoencoder(keras.Model):
         dtype: str | None = None,
         *,
         variant: str | None = None,
+        ema: bool = False,
     ) -> "Autoencoder":
-        """The autoencoder of a pipeline's directory, or of the component's own; see `presets.load_autoencoder`."""
+        """The autoencoder of a pipeline, or of a directory or a file of its own; see `presets.load_autoencoder`."""
         from latentdiff import presets
 
-        return presets.load_autoencoder(preset, norm_epsilon=norm_epsilon, dtype=dtype, variant=variant)
+        return presets.load_autoencoder(preset, norm_epsilon=norm_epsilon, dtype=dtype, variant=variant, ema=ema)

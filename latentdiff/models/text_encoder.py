@@ -80,7 +80,7 @@ class CLIPTextEncoder(keras.Model):
 
     @classmethod
     def from_preset(cls, preset: str, dtype: str | None = None, *, variant: str | None = None) -> "CLIPTextEncoder":
-        """The text encoder of a pipeline's directory, or of the component's own; see `presets.load_text_encoder`."""
+        """The text encoder of a pipeline, or of a directory of its own; see `presets.load_text_encoder`."""
         from latentdiff import presets
 
         return presets.load_text_encoder(preset, dtype=dtype, variant=variant)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.models.tokenizer_files import (
+from latentdiff.checkpoints.tokenizer_files import (
     CONTEXT_LENGTH_LIMIT,
     END_TOKEN,
     START_TOKEN,
@@ -122,10 +122,11 @@ class CLIPTokenizer:
 
     @classmethod
     def from_preset(cls, preset: str | os.PathLike) -> "CLIPTokenizer":
-        """The tokenizer of a name in `weights/`, a pipeline's directory, or its own; see `from_directory`."""
+        """The tokenizer of a name in `weights/`, a pipeline's directory or file, or its own directory."""
         from latentdiff.catalogue import resolve_preset
+        from latentdiff.checkpoints.sources import open_source
 
-        return cls.from_directory(resolve_preset(preset))
+        return cls(**open_source(resolve_preset(preset)).tokenizer())
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike, *, context_length: int | None = None) -> "CLIPTokenizer":

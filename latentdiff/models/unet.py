@@ -146,11 +146,13 @@ class UNet(keras.Model):
         return cls(**config)
 
     @classmethod
-    def from_preset(cls, preset: str, dtype: str | None = None, *, variant: str | None = None) -> "UNet":
-        """The UNet of a pipeline's directory, or of the component's own; see `latentdiff.presets.load_unet`."""
+    def from_preset(
+        cls, preset: str, dtype: str | None = None, *, variant: str | None = None, ema: bool = False
+    ) -> "UNet":
+        """The UNet of a pipeline, or of a directory or a file of its own; see `latentdiff.presets.load_unet`."""
         from latentdiff import presets
 
-        return presets.load_unet(preset, dtype=dtype, variant=variant)
+        return presets.load_unet(preset, dtype=dtype, variant=variant, ema=ema)
 
 
 def per_level(name: str, value, levels: int) -> list:

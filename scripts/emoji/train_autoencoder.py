@@ -16,7 +16,7 @@ from latentdiff.backend import to_numpy
 from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.presets import named_variables
-from latentdiff.training import AutoencoderTraining, Checkpoint
+from latentdiff.training import AutoencoderTraining, Checkpoint, KeepFreedMemory
 
 CONFIG = {"channels": (16, 32, 96, 128), "blocks_per_level": 1, "groups": 8}
 
@@ -72,7 +72,8 @@ def main(data: pathlib.Path, output: pathlib.Path, steps: int, batch_size: int, 
     cropped = steps * 9 // 10
     for size, first, last in ((64, first_step, cropped), (128, max(first_step, cropped), steps)):
         if first < last:
-            model.fit(Images(images, train, batch_size, size, first, last), callbacks=[checkpoint], shuffle=False)
+            batches = Images(images, train, batch_size, size, first, last)
+            model.fit(batches, callbacks=[checkpoint, KeepFreedMemory()], shuffle=False)
     print("validation:", model.evaluate(held, batch_size=16, verbose=0, return_dict=True))
     arrays = {path: to_numpy(variable) for path, variable in named_variables(autoencoder)}
     write_component(output / "autoencoder", "autoencoder", autoencoder.config, arrays, overwrite=True)

@@ -25,7 +25,7 @@ from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
-from latentdiff.training import Checkpoint, DiffusionTraining
+from latentdiff.training import Checkpoint, DiffusionTraining, KeepFreedMemory
 
 CONTEXT_LENGTH = 32
 TEXT_ENCODER = {"width": 192, "depth": 4, "heads": 4, "mlp_width": 768}
@@ -143,7 +143,7 @@ def main(
     print(f"{unet.count_params():,} + {text_encoder.count_params():,} + {autoencoder.count_params():,} parameters")
     if first_step < steps:
         batches = CaptionedLatents(latents, tokens, train, shares, batch_size, first_step, steps)
-        model.fit(batches, callbacks=[checkpoint], shuffle=False)
+        model.fit(batches, callbacks=[checkpoint, KeepFreedMemory()], shuffle=False)
     size = latents.shape[1:3]
     parts = presets.Parts(tokenizer, text_encoder, unet, autoencoder, SETTINGS, (int(size[0]), int(size[1])))
     presets.save_pipeline(parts, preset, dtype="float16", overwrite=True)
