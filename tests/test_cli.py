@@ -54,7 +54,7 @@ def here(tmp_path, monkeypatch):
 def pipeline(monkeypatch):
     pipeline = Pipeline()
     monkeypatch.setitem(sys.modules, "latentdiff.pipeline", types.SimpleNamespace(TextToImage=pipeline))
-    monkeypatch.setattr(cli, "_start_keras", lambda: "tensorflow")
+    monkeypatch.setattr(cli, "start_keras", lambda: "tensorflow")
     return pipeline
 
 
@@ -183,7 +183,7 @@ def test_what_is_given_wins_over_what_the_picture_says(pipeline):
 
 def test_another_backend_than_the_pictures_is_said(pipeline, capsys, monkeypatch):
     cli.main(["generate", "a red heart"])
-    monkeypatch.setattr(cli, "_start_keras", lambda: "jax")
+    monkeypatch.setattr(cli, "start_keras", lambda: "jax")
     cli.main(["generate", "--from", "out.png"])
     assert capsys.readouterr().err == (
         "latentdiff: warning: out.png was made with tensorflow, and this is jax: grey levels may differ by one\n"
@@ -223,7 +223,7 @@ def test_another_backend_than_the_pictures_is_said(pipeline, capsys, monkeypatch
     ],
 )
 def test_bad_arguments_are_refused_in_one_line_before_keras_starts(capsys, monkeypatch, here, arguments, said):
-    monkeypatch.setattr(cli, "_start_keras", lambda: pytest.fail("Keras was started"))
+    monkeypatch.setattr(cli, "start_keras", lambda: pytest.fail("Keras was started"))
     (here / "model.ckpt").write_bytes(b"\x80\x04.")
     (here / "model.safetensors").write_bytes(b"")
     (here / "folder.png").mkdir()
@@ -299,7 +299,7 @@ finally:
 @pytest.mark.slow
 def test_starting_keras_writes_nothing(monkeypatch):
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
-    program = "from latentdiff.cli import _start_keras; print(_start_keras())"
+    program = "from latentdiff.cli import start_keras; print(start_keras())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == ""
     assert done.stdout in ("tensorflow\n", "jax\n")
