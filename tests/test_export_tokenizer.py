@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentdiff.catalogue import resolve_preset
+from latentdiff.checkpoints.clip_vocabulary import clip_tokenizer
 from latentdiff.checkpoints.tokenizer_files import read_tokenizer
 from latentdiff.models.tokenizer import AddedToken, CLIPTokenizer, TruncationWarning
 
@@ -59,8 +60,7 @@ class Pair:
 
 def clip(context_length=77, pad_token=END):
     """CLIP's own vocabulary."""
-    module = pytest.importorskip("latentdiff.checkpoints.clip_vocabulary")
-    arguments = module.clip_tokenizer(pad_token) | {"context_length": context_length}
+    arguments = clip_tokenizer(pad_token) | {"context_length": context_length}
     # as Stable Diffusion's directories have them: the pad token as it is typed, the others in any case
     flags = {START: AddedToken(normalized=True), END: AddedToken(normalized=pad_token != END)}
     return CLIPTokenizer(**arguments | {"added_tokens": flags})
