@@ -16,7 +16,7 @@ PICKLE_MODULE = "latentdiff.checkpoints.pickles"
 CONVERTER = "latentdiff.convert"
 # Input pipelines, which must say in their docstring that they import TensorFlow.
 INPUT_MODULES = {"latentdiff.data"}
-# These, and what is in `latentdiff.export`, see both floors; `latentdiff` itself is the front door that names what they offer.
+# These and what is in `latentdiff.export` see both floors; `latentdiff` itself is the front door to what they offer.
 MODULES_OF_BOTH_FLOORS = {f"latentdiff.{name}" for name in ("training", "metrics", "pipeline", "presets")}
 FRONT_DOOR = "latentdiff"
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
