@@ -187,7 +187,7 @@ def test_parts_put_together_are_the_arrow(loaded, generate, tiny_pipe):
     prediction = loaded.signatures["denoise"](
         latent=tf.constant(latent), timestep=tf.constant(timestep), context=text["context"]
     )["prediction"]
-    inputs = {"latent": latent, "timestep": timestep, "context": text["context"]}
+    inputs = {"latent": latent, "timestep": timestep, "context": text["context"].numpy()}
     np.testing.assert_allclose(prediction, tiny_pipe.unet(inputs), atol=1e-5)
     made = tiny_pipe.generate(PROMPTS, num_steps=3, guidance_scale=2, seed=[0, 0, 0], output="latent", progress=False)
     images = decoded(loaded.signatures["decode"](latent=tf.constant(made))["image_bytes"])
