@@ -48,7 +48,7 @@ def resolve_preset(preset: str | os.PathLike[str]) -> Path:
     if str(preset) and path.is_file():
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise ValueError(pickle_message(f"`{path}`"))
-        raise ValueError(f"`preset` must be a name or a model directory, not a file. Received: {str(path)!r}.")
+        return path
     near = difflib.get_close_matches(str(preset), names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Names: {', '.join(names) or 'none'}."
     raise ValueError(f"`preset` must be a name in weights/ or a model directory. Received: {str(preset)!r}. {hint}")

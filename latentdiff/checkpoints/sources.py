@@ -11,6 +11,7 @@ import numpy as np
 from latentdiff.checkpoints.diffusers import Component
 from latentdiff.checkpoints.diffusers_directory import DiffusersDirectory
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SamplerSettings
+from latentdiff.checkpoints.kerascv import KerasCV, is_kerascv
 
 
 class Source(Protocol):
@@ -82,4 +83,6 @@ def open_source(path: str | os.PathLike, *, ema: bool = False, prediction: str |
     if prediction not in (None, *PREDICTIONS.values()):
         choices = ", ".join(PREDICTIONS.values())
         raise ValueError(f"`prediction` must be one of {choices}. Received: prediction={prediction!r}.")
+    if is_kerascv(Path(path)):
+        return KerasCV(Path(path), ema=ema, prediction=prediction)
     return DiffusersDirectory(Path(path), ema=ema, prediction=prediction)
