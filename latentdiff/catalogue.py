@@ -1,4 +1,4 @@
-"""Where models are found: the names that ship in `weights/`, and directories; imports no Keras."""
+"""Where models are found: the names that ship in `weights/`, directories and files; imports no Keras."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def preset_names() -> tuple[str, ...]:
 
 
 def resolve_preset(preset: str | os.PathLike[str]) -> Path:
-    """The directory that a preset stands for.
+    """The directory or the file that a preset stands for.
 
     A shipped name comes first; a directory of the same name is meant by `./name` or by a `Path`.
 
     Args:
-        preset: a name in `weights/`, or the path of a model directory.
+        preset: a name in `weights/`, or the path of a model directory or of one `.safetensors` file.
 
     Returns:
-        An existing directory; what it holds has not been looked at.
+        An existing directory or file; what it holds has not been looked at.
 
     Raises:
         TypeError: if `preset` is neither a string nor a path.
-        ValueError: if it is neither a name nor a directory, with the names that are near; if it is a file.
+        ValueError: if there is nothing of that name, with the names that are near; if it is a file of another kind.
     """
     if not isinstance(preset, str | os.PathLike):
-        raise TypeError(f"`preset` must be a name or a directory. Received: {preset!r}.")
+        raise TypeError(f"`preset` must be a name or a path. Received: {preset!r}.")
     names = preset_names()
     if isinstance(preset, str) and preset in names:
         return weights_directory() / preset
@@ -48,7 +48,11 @@ def resolve_preset(preset: str | os.PathLike[str]) -> Path:
     if str(preset) and path.is_file():
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise ValueError(pickle_message(f"`{path}`"))
-        return path
+        if path.suffix.lower() in (".safetensors", ".h5"):
+            return path
+        raise ValueError(
+            f"`preset` must be a name, a model directory, or a `.safetensors` or `.h5` file. Received: {str(path)!r}."
+        )
     near = difflib.get_close_matches(str(preset), names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Names: {', '.join(names) or 'none'}."
-    raise ValueError(f"`preset` must be a name in weights/ or a model directory. Received: {str(preset)!r}. {hint}")
+    raise ValueError(f"`preset` must be a name in weights/ or a model's path. Received: {str(preset)!r}. {hint}")

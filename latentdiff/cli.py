@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from latentdiff import __version__
+from latentdiff import __version__, commands
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import SAMPLER_CLASSES
+from latentdiff.checkpoints.sources import open_source
 
 if TYPE_CHECKING:
     from latentdiff.pictures import Settings
@@ -80,9 +81,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="latentdiff", description="Latent diffusion: a prompt goes in, a picture comes out.")
     parser.add_argument("--version", action="version", version=f"latentdiff {__version__}")
-    commands = parser.add_subparsers(metavar="command", required=True)
+    chosen = parser.add_subparsers(metavar="command", required=True)
+    commands.add_convert(chosen)
+    commands.add_info(chosen)
 
-    generate = commands.add_parser(
+    generate = chosen.add_parser(
         "generate",
         help="make pictures from prompts",
         description="Makes pictures from prompts. Each PNG carries the settings that made it; --from reads them back.",
@@ -94,7 +97,7 @@ def _parser() -> _Parser:
     add = generate.add_argument
     add("prompt", nargs="*", type=_text, help="what to draw; several prompts make several pictures")
     add("--from", dest="source", metavar="PICTURE", help="take every setting that is not given here from this PNG")
-    add("--preset", help=f"a shipped model ({', '.join(preset_names())}) or a model directory; default: emoji")
+    add("--preset", help=f"a shipped model ({', '.join(preset_names())}), a model directory or file; default: emoji")
     add("--output", default="out.png", metavar="PNG", help="default: out.png; several: out-0.png, out-1.png, ...")
     add("--negative-prompt", type=_text, help="what to keep away from; default: nothing")
     add("--num-images", type=_whole(1), default=1, help="pictures for each prompt; default: 1")
@@ -112,7 +115,7 @@ def _parser() -> _Parser:
 
 def _generate(options: argparse.Namespace) -> None:
     prompts, settings = _settings(options)
-    resolve_preset(settings.preset)
+    open_source(resolve_preset(settings.preset))  # so that what cannot be opened is told at once
     total = len(prompts) * options.num_images
     seeds = range(settings.seed, settings.seed + total)
     outputs = _outputs(options.output, total)

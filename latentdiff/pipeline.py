@@ -76,9 +76,16 @@ class TextToImage:
         """
         return cls(presets.load_pipeline(preset, dtype, variant=variant, ema=ema, prediction=prediction))
 
-    def save_to_preset(self, directory: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
+    def save_to_preset(
+        self,
+        directory: str | os.PathLike,
+        dtype: str | None = "float32",
+        overwrite: bool = False,
+        *,
+        max_shard_size: int | str | None = None,
+    ) -> None:
         """Writes a diffusers directory, whole or not at all; see `presets.save_pipeline`."""
-        presets.save_pipeline(self.parts, directory, dtype, overwrite)
+        presets.save_pipeline(self.parts, directory, dtype, overwrite, max_shard_size=max_shard_size)
 
     @property
     def dtype(self) -> str:

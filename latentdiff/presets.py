@@ -6,16 +6,21 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from latentdiff.backend import default_dtype, to_numpy
 from latentdiff.catalogue import resolve_preset
-from latentdiff.checkpoints import diffusers, diffusers_scheduler
+from latentdiff.checkpoints import diffusers, diffusers_pipeline
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.checkpoints.files import CheckpointError, replaced_directory
-from latentdiff.checkpoints.sources import open_source
+from latentdiff.checkpoints.key_map import DTYPES as ARRAY_DTYPES
+from latentdiff.checkpoints.key_map import LazyArrays
+from latentdiff.checkpoints.sources import check_fit, open_source
 from latentdiff.diffusion.schedule import (
     Schedule,
     cosine_schedule,
@@ -93,18 +98,10 @@ def load_pipeline(
     # All files are opened and checked before the first network is built.
     held = _held_dtype(dtype)
     components = {kind: source.component(kind, dtype=held, variant=variant) for kind in _NETWORKS}
-    unet, autoencoder, text_encoder = (components[kind].config for kind in ("unet", "autoencoder", "text_encoder"))
-    _check_fit("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"])
-    _check_fit("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"])
-    _check_fit("The UNet's output", unet["out_channels"], "its latent", unet["in_channels"])
-    _check_fit("The autoencoder's image", autoencoder["image_channels"], "an RGB image", 3)
-    if tokenizer.vocabulary_size > text_encoder["vocabulary_size"]:
-        raise ValueError(
-            "The text encoder must know every token. Received: "
-            f"{tokenizer.vocabulary_size} tokens, {text_encoder['vocabulary_size']} embeddings."
-        )
-    if tokenizer.context_length > text_encoder["context_length"]:
-        tokenizer = CLIPTokenizer(**{**source.tokenizer(), "context_length": text_encoder["context_length"]})
+    check_fit({kind: component.config for kind, component in components.items()}, tokenizer.vocabulary_size)
+    longest = components["text_encoder"].config["context_length"]
+    if tokenizer.context_length > longest:
+        tokenizer = CLIPTokenizer(**{**source.tokenizer(), "context_length": longest})
     size = source.sample_size() or (SAMPLE_SIZE, SAMPLE_SIZE)
     networks = {kind: _network(component, dtype) for kind, component in components.items()}
     return Parts(tokenizer, settings=settings, sample_size=size, **networks)  # pyright: ignore[reportArgumentType]
@@ -148,34 +145,54 @@ def load_tokenizer(preset: str | os.PathLike) -> CLIPTokenizer:
     return CLIPTokenizer(**open_source(resolve_preset(preset)).tokenizer())
 
 
-def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
+def save_pipeline(
+    parts: Parts,
+    directory: str | os.PathLike,
+    dtype: str | None = "float32",
+    overwrite: bool = False,
+    *,
+    max_shard_size: int | str | None = None,
+) -> None:
     """Writes a diffusers directory, which appears whole or not at all.
 
     Args:
         parts: what is written.
         directory: the pipeline's directory.
-        dtype: of the files: "float32", "float16" or "bfloat16". Files are as exact as the weights are held: those of
-            `load_pipeline` in bfloat16 are rounded, and a warning says so where the files are wider.
+        dtype: of the files: "float32", "float16" or "bfloat16"; None is what each weight is held in. Files are as exact
+            as the weights are held: those of `load_pipeline` in bfloat16 are rounded, and a warning says so where the
+            files are wider.
         overwrite: whether an existing model directory may be replaced.
+        max_shard_size: bytes of a weights file, or "2GB" and the like; larger networks are written in shards with an
+            index. None writes one file for each network.
 
     Raises:
         FileExistsError: the directory has files and `overwrite` is false.
-        ValueError: diffusers cannot express the configuration, or a weight is not finite in `dtype`.
+        ValueError: diffusers cannot express the configuration, there is no such dtype or size, or a weight is not
+            finite in `dtype`.
     """
-    details = {
-        "unet": {"sample_size": _size(*parts.sample_size)},
-        "autoencoder": {"sample_size": max(parts.sample_size) * parts.autoencoder.factor},
-        "text_encoder": {
-            "bos_token_id": parts.tokenizer.start_id,
-            "eos_token_id": parts.tokenizer.end_id,
-            "pad_token_id": parts.tokenizer.pad_id,
-        },
-    }
     networks = {kind: getattr(parts, kind) for kind in _NETWORKS}
-    for kind, network in networks.items():  # all of them before the first gigabyte is written
-        diffusers.config_fields(kind, network.config, dtype, details[kind])
+    details = diffusers_pipeline.component_details(
+        parts.sample_size,
+        parts.autoencoder.factor,
+        parts.tokenizer.start_id,
+        parts.tokenizer.end_id,
+        parts.tokenizer.pad_id,
+    )
+    components = {
+        kind: diffusers.Component(
+            kind,
+            Path(directory),
+            network.config,
+            details[kind],
+            _Held(network),
+            (),
+        )
+        for kind, network in networks.items()
+    }
+    diffusers_pipeline.check_pipeline(components, dtype, max_shard_size)
     held = {keras.backend.standardize_dtype(v.dtype) for net in networks.values() for _, v in named_variables(net)}
-    narrower = sorted(held & {name for name, bits in _PRECISION.items() if bits < _PRECISION[dtype]})
+    precision = 0 if dtype is None else _PRECISION[dtype]
+    narrower = sorted(held & {name for name, bits in _PRECISION.items() if bits < precision})
     if narrower:
         warnings.warn(
             f"{dtype} files will hold weights that were rounded to {', '.join(narrower)}. "
@@ -183,13 +200,8 @@ def save_pipeline(parts: Parts, directory: str | os.PathLike, dtype: str = "floa
             stacklevel=3,  # the caller of `save_to_preset`
         )
     with replaced_directory(directory, overwrite) as fresh:
-        for kind, network in networks.items():
-            arrays = {path: to_numpy(v) for path, v in named_variables(network)}
-            folder = fresh / diffusers.KINDS[kind].folder
-            diffusers.write_component(folder, kind, network.config, arrays, dtype=dtype, details=details[kind])
+        diffusers_pipeline.write_pipeline(fresh, components, parts.settings, dtype, max_shard_size)
         parts.tokenizer.save(fresh / "tokenizer")
-        diffusers_scheduler.write_scheduler(fresh / "scheduler", parts.settings, diffusers.VERSION)
-        diffusers.write_pipeline_index(fresh, diffusers_scheduler.SAMPLER_CLASSES[parts.settings.sampler])
 
 
 def make_schedule(settings: SamplerSettings) -> Schedule:
@@ -216,6 +228,32 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
             yield from ((f"{half.name}/{variable.path}", variable) for variable in half.variables)
     else:
         yield from ((variable.path, variable) for variable in network.variables)
+
+
+class _Held(LazyArrays):
+    """A network's variables as arrays, each copied when it is asked for."""
+
+    def __init__(self, network: keras.Model):
+        self._network = network
+
+    @cached_property
+    def _variables(self) -> dict[str, Any]:
+        return dict(named_variables(self._network))
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        return to_numpy(self._variables[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        return tuple(self._variables[path].shape)
+
+    def dtype(self, path: str) -> np.dtype:
+        return ARRAY_DTYPES[keras.backend.standardize_dtype(self._variables[path].dtype)]
 
 
 def _load(
@@ -251,12 +289,3 @@ def _network(component: diffusers.Component, dtype: str, **changes: Any) -> kera
     for path, variable in variables.items():
         variable.assign(component.weights[path])
     return network
-
-
-def _check_fit(name: str, value: int, other: str, expected: int) -> None:
-    if value != expected:
-        raise ValueError(f"{name} must have as many channels as {other}. Received: {value}, {expected}.")
-
-
-def _size(height: int, width: int) -> int | list[int]:
-    return height if height == width else [height, width]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from latentdiff.checkpoints import diffusers
+from latentdiff.checkpoints import diffusers, diffusers_pipeline
 from latentdiff.checkpoints.files import CheckpointError
 
 TEXT_CONFIG = {
@@ -490,7 +490,7 @@ def pipeline(tmp_path):
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
-    diffusers.write_pipeline_index(tmp_path, "PNDMScheduler")
+    diffusers_pipeline.write_pipeline_index(tmp_path, "PNDMScheduler")
     return tmp_path
 
 
@@ -500,14 +500,14 @@ def change_index(directory, **changes):
 
 
 def test_safety_checker_is_named_as_ignored(pipeline):
-    assert diffusers.read_pipeline_index(pipeline).ignored == ()
+    assert diffusers_pipeline.read_pipeline_index(pipeline).ignored == ()
     change_index(
         pipeline,
         safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
         feature_extractor=["transformers", "CLIPImageProcessor"],
         image_encoder=[None, None],
     )
-    assert diffusers.read_pipeline_index(pipeline).ignored == ("safety_checker", "feature_extractor")
+    assert diffusers_pipeline.read_pipeline_index(pipeline).ignored == ("safety_checker", "feature_extractor")
 
 
 @pytest.mark.parametrize(
@@ -526,16 +526,16 @@ def test_safety_checker_is_named_as_ignored(pipeline):
 def test_other_pipelines_are_refused_by_name(pipeline, changes, message):
     change_index(pipeline, **changes)
     with pytest.raises(CheckpointError, match=message):
-        diffusers.read_pipeline_index(pipeline)
+        diffusers_pipeline.read_pipeline_index(pipeline)
 
 
 def test_parts_that_lack_are_all_named(pipeline):
     shutil.rmtree(pipeline / "vae")
     shutil.rmtree(pipeline / "tokenizer")
     with pytest.raises(FileNotFoundError, match="lacks: vae/config.json, tokenizer/"):
-        diffusers.read_pipeline_index(pipeline)
+        diffusers_pipeline.read_pipeline_index(pipeline)
     with pytest.raises(FileNotFoundError, match="model_index.json"):
-        diffusers.read_pipeline_index(pipeline / "unet")
+        diffusers_pipeline.read_pipeline_index(pipeline / "unet")
 
 
 def test_component_is_not_written_over_a_whole_pipeline(pipeline):

@@ -77,11 +77,11 @@ def test_a_shipped_name_comes_before_a_directory_and_a_path_means_the_directory(
 
 @pytest.mark.parametrize("preset", ["", "no such model", Path("no such model")])
 def test_what_is_neither_a_name_nor_a_directory_is_refused(preset):
-    with pytest.raises(ValueError, match=r"`preset` must be a name in weights/ or a model directory\. Received: "):
+    with pytest.raises(ValueError, match=r"`preset` must be a name in weights/ or a model's path\. Received: "):
         catalogue.resolve_preset(preset)
 
 
 @pytest.mark.parametrize("preset", [None, 3, b"emoji"])
 def test_a_preset_is_text_or_a_path(preset):
-    with pytest.raises(TypeError, match="`preset` must be a name or a directory"):
+    with pytest.raises(TypeError, match="`preset` must be a name or a path"):
         catalogue.resolve_preset(preset)

@@ -203,14 +203,14 @@ def test_unknown_name_is_told_with_the_near_ones(tmp_path, monkeypatch):
 
 
 def test_preset_that_is_no_path_is_told():
-    with pytest.raises(TypeError, match="`preset` must be a name or a directory. Received: 7."):
+    with pytest.raises(TypeError, match="`preset` must be a name or a path. Received: 7."):
         ld.TextToImage.from_preset(7)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.BIN", "model.pickle"])
 def test_pickle_is_never_opened(name, tmp_path):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"pickle.*never opened.*{name}.*save_pretrained"):
+    with pytest.raises(ValueError, match=f"pickle.*never opened.*{name}.*latentdiff convert"):
         ld.TextToImage.from_preset(tmp_path / name)
 
 

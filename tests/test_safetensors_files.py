@@ -47,7 +47,7 @@ def test_opening_maps_the_file_and_reads_no_numbers(tmp_path):
 @pytest.mark.parametrize(("code", "dtype"), [("F16", np.float16), ("BF16", ml_dtypes.bfloat16), ("F32", np.float32)])
 def test_written_files_open_in_safetensors(tmp_path, code, dtype):
     arrays = {"a": np.arange(6).reshape(2, 3).astype(dtype), "b.weight": np.arange(3).astype(dtype)}
-    write_file(tmp_path / "x.safetensors", {name: a.shape for name, a in arrays.items()}, code, arrays.values())
+    write_file(tmp_path / "x.safetensors", {name: (code, a.shape) for name, a in arrays.items()}, arrays.values())
     loaded = safetensors.numpy.load_file(tmp_path / "x.safetensors")
     assert set(loaded) == set(arrays)
     assert all(loaded[name].dtype == dtype and np.array_equal(loaded[name], arrays[name]) for name in arrays)
@@ -122,9 +122,9 @@ class Bomb:
 @pytest.mark.parametrize("name", ["m.bin", "model.ckpt", "m.pt", "m.pth", "m.pickle"])
 def test_pickle_is_never_opened_and_what_to_do_is_said(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match=f"{name}.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=f"{name}.*latentdiff convert"):
         find_weights(tmp_path, "m")
-    with pytest.raises(CheckpointError, match=f"{name}.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=f"{name}.*latentdiff convert"):
         open_file(tmp_path / name)
 
 

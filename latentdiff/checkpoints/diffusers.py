@@ -1,7 +1,7 @@
 """A diffusers model directory, component by component: configuration and weights read, and written.
 
-A pipeline's directory has `model_index.json` and a folder for each component; a component's own directory has its
-`config.json` and its weights. Nothing in them is run: JSON and safetensors are parsed, and what they say is checked.
+A pipeline's directory has a folder for each component; a component's own directory has its `config.json` and its
+weights. Nothing in them is run: JSON and safetensors are parsed, and what they say is checked.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import numpy as np
 
 from latentdiff.checkpoints import diffusers_autoencoder, diffusers_text_encoder, diffusers_unet
 from latentdiff.checkpoints.files import CheckpointError, read_json, replaced_directory, write_json
-from latentdiff.checkpoints.key_map import Entry, Weights, as_dtype, cast, match
-from latentdiff.checkpoints.safetensors_files import open_weights, write_file
+from latentdiff.checkpoints.key_map import Entry, Weights, as_dtype, cast, dtype_of, match, shape_of
+from latentdiff.checkpoints.safetensors_files import FLOATS, WeightsOpener, open_weights
+from latentdiff.checkpoints.shards import write_weights
 
 VERSION = "0.42.1"  # the diffusers whose files ours are like
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-# Parts that some directories have and nobody runs here.
-IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ KINDS = {
         diffusers_text_encoder.IGNORED_KEYS,
     ),
 }
-_DTYPE_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_CODES = {dtype: code for code, dtype in FLOATS.items()}
+FILE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,6 @@ class Component:
     config: dict[str, Any]
     details: dict[str, Any]
     weights: Mapping[str, np.ndarray]
-    ignored: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PipelineIndex:
-    """What `model_index.json` says.
-
-    Attributes:
-        class_name: The pipeline's class in diffusers.
-        ignored: Components that are there and are not run here: the safety checker and its kind.
-    """
-
-    class_name: str
     ignored: tuple[str, ...]
 
 
@@ -137,7 +123,12 @@ def read_config(directory: str | os.PathLike, kind: str) -> tuple[dict[str, Any]
 
 
 def read_component(
-    directory: str | os.PathLike, kind: str, *, dtype: str | np.dtype | None = None, variant: str | None = None
+    directory: str | os.PathLike,
+    kind: str,
+    *,
+    dtype: str | np.dtype | None = None,
+    variant: str | None = None,
+    open_weights: WeightsOpener = open_weights,
 ) -> Component:
     """A component's configuration and weights.
 
@@ -149,6 +140,7 @@ def read_component(
         kind: "unet", "autoencoder" or "text_encoder".
         dtype: What the arrays are converted to; None leaves them as they are stored.
         variant: For example "fp16"; None takes the plain file, or the only variant that there is.
+        open_weights: What opens the tensors of a directory, a stem and a variant.
 
     Raises:
         FileNotFoundError: If files are missing.
@@ -171,7 +163,7 @@ def key_map(kind: str, config: Mapping[str, Any]) -> list[Entry]:
 
 
 def config_fields(
-    kind: str, config: Mapping[str, Any], dtype: str = "float32", details: Mapping[str, Any] | None = None
+    kind: str, config: Mapping[str, Any], dtype: str | None = "float32", details: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What `config.json` says of a component; the arguments are those of `write_component`.
 
@@ -179,8 +171,8 @@ def config_fields(
         ValueError: If diffusers cannot express `config`, or its files have no such dtype.
     """
     _check_kind(kind)
-    if dtype not in _DTYPE_CODES:
-        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPE_CODES)}. Received: dtype={dtype!r}")
+    if dtype not in (None, *FILE_DTYPES):
+        raise ValueError(f"`dtype` must be one of {', '.join(FILE_DTYPES)}. Received: dtype={dtype!r}")
     fields = KINDS[kind].module.write_config(config, details or {})
     if KINDS[kind].library == "diffusers":
         fields["_diffusers_version"] = VERSION
@@ -193,8 +185,9 @@ def write_component(
     config: Mapping[str, Any],
     arrays: Mapping[str, Any],
     *,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     details: Mapping[str, Any] | None = None,
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a component's directory, which appears whole or not at all.
@@ -204,8 +197,9 @@ def write_component(
         kind: "unet", "autoencoder" or "text_encoder".
         config: Its constructor's arguments, all of them (`get_config()` will do).
         arrays: Variable path -> array, exactly those of `key_map`.
-        dtype: "float16", "bfloat16" or "float32", of the file.
+        dtype: "float16", "bfloat16" or "float32", of the file; None leaves each array in its own.
         details: Fields that change no number: `sample_size`, token ids.
+        max_shard_size: Bytes of a weights file, or "2GB" and the like; None writes one file.
         overwrite: Whether an existing component's directory may be replaced.
 
     Raises:
@@ -216,78 +210,23 @@ def write_component(
     fields = config_fields(kind, config, dtype, details)
     entries = sorted(key_map(kind, config), key=lambda entry: entry.keys[0])
     _check_arrays(entries, arrays)
-    target = as_dtype(dtype)
-    assert target is not None
+    dtypes = {entry.path: as_dtype(dtype) or dtype_of(arrays, entry.path) for entry in entries}
     if (Path(directory) / "model_index.json").is_file():
         raise FileExistsError(
             f"A component has a directory of its own. `{directory}` is a whole pipeline's, with `{KINDS[kind].folder}`."
         )
     with replaced_directory(directory, overwrite) as fresh:
         write_json(fresh / "config.json", fields)
-        write_file(
-            fresh / f"{KINDS[kind].stem}.safetensors",
-            {entry.keys[0]: entry.foreign_shape for entry in entries},
-            _DTYPE_CODES[dtype],
-            (entry.to_foreign(cast(np.asarray(arrays[entry.path]), target, f"`{entry.path}`")) for entry in entries),
+        write_weights(
+            fresh,
+            KINDS[kind].stem,
+            {entry.keys[0]: (_CODES[dtypes[entry.path]], entry.foreign_shape) for entry in entries},
+            (
+                entry.to_foreign(cast(np.asarray(arrays[entry.path]), dtypes[entry.path], f"`{entry.path}`"))
+                for entry in entries
+            ),
+            max_shard_size,
         )
-
-
-def read_pipeline_index(directory: str | os.PathLike) -> PipelineIndex:
-    """A pipeline's `model_index.json`, with the presence of its parts.
-
-    Raises:
-        FileNotFoundError: If parts are missing; all are named.
-        CheckpointError: If it is another pipeline's, or has parts that would change the picture.
-    """
-    directory = Path(directory)
-    path = directory / "model_index.json"
-    values = read_json(path)
-    name = values.get("_class_name")
-    if name not in PIPELINES:
-        raise CheckpointError(f"`{path}` must be of {' or '.join(PIPELINES)}. Received: {name!r:.80}")
-    parts = {part: value for part, value in values.items() if isinstance(value, list) and value != [None, None]}
-    for part, value in parts.items():
-        if len(value) != 2 or not all(isinstance(word, str) for word in value):
-            raise CheckpointError(f"`{path}`: `{part}` must be [library, class]. Received: {value!r:.200}")
-    expected = {kind.folder: kind.class_names for kind in KINDS.values()}
-    for part, classes in expected.items():
-        if part in parts and parts[part][-1] not in classes:
-            raise CheckpointError(f"`{path}`: `{part}` must be {' or '.join(classes)}. Received: {parts[part]!r:.200}")
-    unknown = sorted(set(parts) - set(expected) - {"tokenizer", "scheduler", *IGNORED_PARTS})
-    if unknown:
-        raise CheckpointError(f"`{path}` has parts that are not supported: {', '.join(unknown)}")
-    needed = [f"{folder}/config.json" for folder in expected] + ["scheduler/scheduler_config.json"]
-    absent = [part for part in (*expected, "tokenizer", "scheduler") if part not in parts]
-    if absent:
-        raise CheckpointError(f"`{path}` must have all parts of a pipeline. It lacks: {', '.join(absent)}")
-    missing = [file for file in needed if not (directory / file).is_file()]
-    missing += ["tokenizer/"] if not (directory / "tokenizer").is_dir() else []
-    if missing:
-        raise FileNotFoundError(f"`{directory}` is no whole model directory. It lacks: {', '.join(missing)}")
-    return PipelineIndex(name, tuple(part for part in IGNORED_PARTS if part in parts))
-
-
-def write_pipeline_index(directory: str | os.PathLike, sampler_class: str) -> None:
-    """Writes `model_index.json` of a StableDiffusionPipeline without a safety checker.
-
-    Args:
-        directory: The pipeline's directory.
-        sampler_class: The scheduler's class in diffusers, for example "PNDMScheduler".
-    """
-    parts = {kind.folder: [kind.library, kind.class_names[0]] for kind in KINDS.values()}
-    write_json(
-        Path(directory) / "model_index.json",
-        {
-            "_class_name": PIPELINES[0],
-            "_diffusers_version": VERSION,
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", sampler_class],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            **parts,
-        },
-    )
 
 
 def _class_names(values: Mapping[str, Any]) -> list[Any]:
@@ -306,7 +245,7 @@ def _check_arrays(entries: list[Entry], arrays: Mapping[str, Any]) -> None:
     problems = [f"missing: {path} {shape}" for path, shape in wanted.items() if path not in arrays]
     problems += [f"left over: {path}" for path in arrays if path not in wanted]
     for path, shape in wanted.items():
-        if path in arrays and tuple(arrays[path].shape) != shape:
-            problems.append(f"shape: {path} must be {shape}, is {tuple(arrays[path].shape)}")
+        if path in arrays and shape_of(arrays, path) != shape:
+            problems.append(f"shape: {path} must be {shape}, is {shape_of(arrays, path)}")
     if problems:
         raise ValueError("`arrays` must be those of the configuration. Received:\n  " + "\n  ".join(problems))

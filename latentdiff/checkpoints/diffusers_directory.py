@@ -8,18 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.checkpoints import diffusers
+from latentdiff.checkpoints import diffusers, diffusers_pipeline
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings, read_scheduler
 from latentdiff.checkpoints.files import CheckpointError
+from latentdiff.checkpoints.safetensors_files import WeightsOpener, open_weights
 from latentdiff.checkpoints.tokenizer_files import read_tokenizer
 
 
 class DiffusersDirectory:
-    """See `sources.Source`; the arguments are those of `sources.open_source`."""
+    """See `sources.Source`.
+
+    Args:
+        path, ema, prediction: As for `sources.open_source`.
+        open_weights: What opens the tensors of a component; see `safetensors_files.open_weights`.
+    """
 
     form = "diffusers directory"
 
-    def __init__(self, path: Path, *, ema: bool = False, prediction: str | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        ema: bool = False,
+        prediction: str | None = None,
+        open_weights: WeightsOpener = open_weights,
+    ):
         if not path.is_dir():
             raise FileNotFoundError(f"There is no model directory `{path}`.")
         if ema:
@@ -29,6 +42,7 @@ class DiffusersDirectory:
             )
         self.path = path
         self._prediction = prediction
+        self._open_weights = open_weights
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -37,10 +51,11 @@ class DiffusersDirectory:
     def component(
         self, kind: str, *, dtype: str | np.dtype | None = None, variant: str | None = None
     ) -> diffusers.Component:
-        return diffusers.read_component(self.path, kind, dtype=dtype, variant=variant)
+        opener = self._open_weights
+        return diffusers.read_component(self.path, kind, dtype=dtype, variant=variant, open_weights=opener)
 
     def settings(self) -> SamplerSettings:
-        diffusers.read_pipeline_index(self.path)
+        diffusers_pipeline.read_pipeline_index(self.path)
         settings = read_scheduler(self.path)
         return replace(settings, prediction=self._prediction) if self._prediction else settings
 

@@ -29,7 +29,7 @@ def pickle_message(received: str) -> str:
     """What is said of pickled weights, wherever they turn up."""
     return (
         f"Weights must be safetensors; a pickle can run any program and is never opened. Received: {received}. "
-        "diffusers writes safetensors: `pipe.save_pretrained(directory, safe_serialization=True)`."
+        "`latentdiff convert` makes a model directory of it, with `pip install latentdiff[convert]`."
     )
 
 

@@ -76,9 +76,9 @@ Groups = dict[str, list[Entry]]  # a layer's name here -> its variables
 
 
 def is_kerascv(path: Path) -> bool:
-    """Whether `path` is an HDF5 file by its name, or a directory with one of KerasCV's names and no configuration."""
+    """Whether `path` is a file named `.h5`, or a directory with one of KerasCV's names and no configuration."""
     if path.is_file():
-        return path.suffix.lower() in (".h5", ".hdf5")
+        return path.suffix.lower() == ".h5"
     names = [name for published in FILES.values() for name in published]
     configured = any((path / name).exists() for name in ("model_index.json", "config.json"))
     return not configured and any((path / name).is_file() for name in names)

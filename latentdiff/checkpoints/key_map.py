@@ -8,14 +8,16 @@ a file may store either for either.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from latentdiff.checkpoints.files import CheckpointError
-from latentdiff.checkpoints.safetensors_files import StoredTensor
+from latentdiff.checkpoints.safetensors_files import FLOATS, StoredTensor
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -80,7 +82,19 @@ class Entry:
         return np.ascontiguousarray(bits.transpose(axes)).view(array.dtype)
 
 
-class Weights(Mapping[str, np.ndarray]):
+class LazyArrays(Mapping[str, np.ndarray]):
+    """Variable path -> array, each made when it is asked for; shape and dtype are known without."""
+
+    @abstractmethod
+    def shape(self, path: str) -> tuple[int, ...]:
+        """The shape of the array."""
+
+    @abstractmethod
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype of the array."""
+
+
+class Weights(LazyArrays):
     """Variable path -> array, laid out as the variable is; each is read from its file when it is asked for."""
 
     def __init__(self, sources: dict[str, tuple[Entry, StoredTensor]], dtype: np.dtype | None):
@@ -102,8 +116,20 @@ class Weights(Mapping[str, np.ndarray]):
         return path in self._sources
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """The variable's shape, without reading it."""
         return self._sources[path][0].shape
+
+    def dtype(self, path: str) -> np.dtype:
+        return self._dtype or FLOATS[self._sources[path][1].code]
+
+
+def shape_of(arrays: Mapping[str, Any], path: str) -> tuple[int, ...]:
+    """The shape of one of `arrays`; lazy ones are not made for that."""
+    return arrays.shape(path) if isinstance(arrays, LazyArrays) else tuple(arrays[path].shape)
+
+
+def dtype_of(arrays: Mapping[str, Any], path: str) -> np.dtype:
+    """The dtype of one of `arrays`; lazy ones are not made for that."""
+    return arrays.dtype(path) if isinstance(arrays, LazyArrays) else np.asarray(arrays[path]).dtype
 
 
 def count_parameters(entries: list[Entry]) -> int:

@@ -15,8 +15,8 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -85,6 +85,24 @@ class StoredTensor:
         size = math.prod(self.shape) * dtype.itemsize
         return self._content[self._begin : self._begin + size].view(dtype).reshape(self.shape)
 
+    def integer(self) -> int | None:
+        """The number of a tensor that is one I64 or I32; None of any other."""
+        if self.code not in ("I64", "I32") or math.prod(self.shape) != 1:
+            return None
+        content = self._content[self._begin : self._begin + ITEM_BYTES[self.code]]
+        return int.from_bytes(content.tobytes(), "little", signed=True)
+
+    def thirds(self) -> tuple[StoredTensor, StoredTensor, StoredTensor]:
+        """Its rows in three equal parts, one after the other; how fused projections hold query, key and value."""
+        rows = self.shape[0] // 3
+        size = rows * math.prod(self.shape[1:]) * ITEM_BYTES[self.code]
+        shape = (rows, *self.shape[1:])
+        first, second, third = (replace(self, shape=shape, _begin=self._begin + i * size) for i in range(3))
+        return first, second, third
+
+
+WeightsOpener = Callable[[Path, str, str | None], dict[str, StoredTensor]]  # directory, stem, variant -> tensors
+
 
 def open_file(path: str | os.PathLike) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name; the file is mapped, not read.
@@ -93,6 +111,11 @@ def open_file(path: str | os.PathLike) -> dict[str, StoredTensor]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If the header breaks the format, or does not account for every byte of the file.
     """
+    return open_file_with_metadata(path)[0]
+
+
+def open_file_with_metadata(path: str | os.PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of `open_file`, and what the header's `__metadata__` says beside them."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no weights file `{path}`.")
@@ -109,12 +132,15 @@ def open_file(path: str | os.PathLike) -> dict[str, StoredTensor]:
         header = file.read(header_size)
         if not header.startswith(b"{"):
             raise CheckpointError(f"`{path}` is no safetensors file: its header must be a JSON object.")
-        layout = _check_header(parse_json(header, f"{path} (header)"), size - 8 - header_size, path)
+        values = parse_json(header, f"{path} (header)")
+        metadata = _check_metadata(values.pop("__metadata__", {}), path)
+        layout = _check_header(values, size - 8 - header_size, path)
         content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    return {
+    tensors = {
         name: StoredTensor(name, code, shape, path, content, 8 + header_size + begin)
         for name, (code, shape, begin) in layout.items()
     }
+    return tensors, metadata
 
 
 def open_index(path: Path) -> dict[str, StoredTensor]:
@@ -200,18 +226,17 @@ def open_weights(directory: Path, stem: str, variant: str | None = None) -> dict
     return open_index(path) if path.suffix == ".json" else open_file(path)
 
 
-def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str, arrays: Iterable[np.ndarray]) -> None:
+def write_file(path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
     """Writes one safetensors file, an array at a time, as torch's users expect it.
 
     Args:
         path: The file.
-        shapes: Name -> shape, in the order of the file.
-        code: "F16", "BF16" or "F32", the dtype of them all.
-        arrays: The arrays, in the same order, of that dtype.
+        layout: Name -> (dtype, shape), in the order of the file; the dtype is one of `FLOATS`.
+        arrays: The arrays, in the same order, so laid out.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     begin = 0
-    for name, shape in shapes.items():
+    for name, (code, shape) in layout.items():
         end = begin + math.prod(shape) * ITEM_BYTES[code]
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
@@ -219,7 +244,7 @@ def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], code: str, arr
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), array in zip(shapes.items(), arrays, strict=True):
+        for (name, (code, shape)), array in zip(layout.items(), arrays, strict=True):
             if array.shape != tuple(shape) or array.dtype != FLOATS[code]:
                 raise ValueError(f"`{name}` must be {code} {shape}. Received: {array.dtype} {array.shape}")
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
@@ -237,11 +262,14 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
         raise CheckpointError(f"`{path}` is truncated: a safetensors file has at least 8 bytes. Received: {size}")
 
 
-def _check_header(header: dict, content_size: int, path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Name -> (dtype, shape, first byte), once they are sound and fill the content without hole or overlap."""
-    metadata = header.pop("__metadata__", {})
+def _check_metadata(metadata: object, path: Path) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"`{path}`: `__metadata__` must map strings to strings.")
+    return metadata
+
+
+def _check_header(header: dict, content_size: int, path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Name -> (dtype, shape, first byte), once they are sound and fill the content without hole or overlap."""
     layout = {name: _check_entry(name, entry, path) for name, entry in header.items()}
     position = 0
     for name, (_, _, begin, end) in sorted(layout.items(), key=lambda item: item[1][2:]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from latentdiff.checkpoints.diffusers import Component
 from latentdiff.checkpoints.diffusers_directory import DiffusersDirectory
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SamplerSettings
 from latentdiff.checkpoints.kerascv import KerasCV, is_kerascv
+from latentdiff.checkpoints.ldm import LDMFile
 
 
 class Source(Protocol):
@@ -67,6 +69,32 @@ class Source(Protocol):
         ...
 
 
+def check_fit(configs: Mapping[str, Mapping[str, Any]], num_tokens: int) -> None:
+    """Checks that the parts of a pipeline belong together.
+
+    Args:
+        configs: Kind -> its constructor's arguments, of all three kinds.
+        num_tokens: The tokenizer's vocabulary size.
+
+    Raises:
+        ValueError: They do not.
+    """
+    unet, autoencoder, text_encoder = (configs[kind] for kind in ("unet", "autoencoder", "text_encoder"))
+    for name, value, other, expected in (
+        ("The UNet's context", unet["context_dim"], "the text encoder's width", text_encoder["width"]),
+        ("The UNet's latent", unet["in_channels"], "the autoencoder's", autoencoder["latent_channels"]),
+        ("The UNet's output", unet["out_channels"], "its latent", unet["in_channels"]),
+        ("The autoencoder's image", autoencoder["image_channels"], "an RGB image", 3),
+    ):
+        if value != expected:
+            raise ValueError(f"{name} must have as many channels as {other}. Received: {value}, {expected}.")
+    if num_tokens > text_encoder["vocabulary_size"]:
+        raise ValueError(
+            "The text encoder must know every token. Received: "
+            f"{num_tokens} tokens, {text_encoder['vocabulary_size']} embeddings."
+        )
+
+
 def open_source(path: str | os.PathLike, *, ema: bool = False, prediction: str | None = None) -> Source:
     """The source at `path`, whose form is recognised by its content.
 
@@ -83,6 +111,9 @@ def open_source(path: str | os.PathLike, *, ema: bool = False, prediction: str |
     if prediction not in (None, *PREDICTIONS.values()):
         choices = ", ".join(PREDICTIONS.values())
         raise ValueError(f"`prediction` must be one of {choices}. Received: prediction={prediction!r}.")
-    if is_kerascv(Path(path)):
-        return KerasCV(Path(path), ema=ema, prediction=prediction)
-    return DiffusersDirectory(Path(path), ema=ema, prediction=prediction)
+    path = Path(path)
+    if is_kerascv(path):
+        return KerasCV(path, ema=ema, prediction=prediction)
+    if path.is_file():
+        return LDMFile(path, ema=ema, prediction=prediction)
+    return DiffusersDirectory(path, ema=ema, prediction=prediction)

@@ -12,7 +12,8 @@ import transformers
 from safetensors import safe_open
 
 from latentdiff.checkpoints import diffusers_scheduler
-from latentdiff.checkpoints.diffusers import KINDS, VERSION, read_component, write_component, write_pipeline_index
+from latentdiff.checkpoints.diffusers import KINDS, VERSION, read_component, write_component
+from latentdiff.checkpoints.diffusers_pipeline import write_pipeline_index
 from latentdiff.checkpoints.diffusers_scheduler import (
     SAMPLER_CLASSES,
     SamplerSettings,
