@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from latentdiff.catalogue import preset_names, weights_directory
+from latentdiff.catalogue import preset_names, resolve_preset, weights_directory
 from latentdiff.checkpoints.diffusers import FILE_DTYPES
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS
 
@@ -59,7 +59,7 @@ def _convert(options: argparse.Namespace) -> None:
     from latentdiff.convert import convert
 
     convert(
-        _path(options.source),
+        _path(options.source, options.variant),
         options.directory,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
@@ -75,12 +75,14 @@ def _info(options: argparse.Namespace) -> None:
     from latentdiff.checkpoints.describe import describe
     from latentdiff.checkpoints.sources import open_source
 
-    said = describe(open_source(_path(options.path)), options.variant)
+    said = describe(open_source(_path(options.path, options.variant)), options.variant)
     print(json.dumps(said, indent=2) if options.json else _table(said))
 
 
-def _path(source: str) -> Path:
-    """The path that a name or a path stands for; what is at it is not asked here."""
+def _path(source: str, variant: str | None) -> Path:
+    """The path that a name, a path or a hub's address stands for; what is at it is not asked here."""
+    if source.startswith("hf://"):
+        return resolve_preset(source, variant=variant)
     return weights_directory() / source if source in preset_names() else Path(source)
 
 

@@ -182,7 +182,7 @@ class _Reader:
 def _check_apart(tensors: list[StoredTensor], path: Path) -> None:
     """Refuses arrays that share bytes, whose sum would pass the file's size."""
     end, before = 0, ""
-    for tensor in sorted(tensors, key=lambda tensor: tensor._begin):
-        if tensor._begin < end:
+    for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
+        if tensor.begin < end:
             raise CheckpointError(f"`{path}`: arrays must lie apart. Received: `{tensor.name}` and `{before}`.")
-        end, before = tensor._begin + tensor.view().nbytes, tensor.name
+        end, before = tensor.end, tensor.name

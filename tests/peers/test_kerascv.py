@@ -35,7 +35,7 @@ class Seen:
 
 
 def build_unet(network_class, divisor):
-    """A UNet of latents of 8 x 8 with channels divided by `divisor`; heads stay 8, or stay 64 wide."""
+    """A UNet of latents of 16 x 16 with channels divided by `divisor`; heads stay 8, or stay 64 wide."""
     scaled = {width: width // divisor for width in (320, 640, 1280)}
 
     def narrow(layer):
@@ -55,7 +55,7 @@ def build_unet(network_class, divisor):
             patch.setattr(diffusion_model, name, narrow(getattr(own, name)))
         patch.setattr(diffusion_model, "SpatialTransformer", transformer)
         patch.setattr(diffusion_model, "keras", Seen(keras, layers=layers))
-        return network_class(64, 64, LENGTH, download_weights=False)
+        return network_class(128, 128, LENGTH, download_weights=False)
 
 
 def build_text_encoder(network_class):
@@ -105,7 +105,7 @@ def test_unet_says_the_same(network_class, divisor, name, tmp_path):
     theirs = randomise(build_unet(network_class, divisor), seed=1)
     ours = ld.UNet.from_preset(save(theirs, tmp_path / name), dtype="float32")
     assert sum(v.shape.num_elements() for v in theirs.weights) == ours.count_params()
-    latent, context = numbers(2, 8, 8, 4), numbers(2, LENGTH, ours.config["context_dim"], seed=2)
+    latent, context = numbers(2, 16, 16, 4), numbers(2, LENGTH, ours.config["context_dim"], seed=2)
     timestep = np.array([999.0, 20.0], "float32")
     angles = timestep[:, None] * np.exp(-np.log(10000) * np.arange(320 // divisor / 2) / (320 // divisor / 2))
     embedding = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype("float32")
