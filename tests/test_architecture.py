@@ -11,6 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 
 FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch"}
 FRAMEWORK_MODULES = {"latentdiff.backend", "latentdiff.export"}
+# Reads pickles, through torch's weights-only unpickler, for `latentdiff convert` alone.
+PICKLE_MODULE = "latentdiff.checkpoints.pickles"
+CONVERTER = "latentdiff.convert"
 # Input pipelines, which must say in their docstring that they import TensorFlow.
 INPUT_MODULES = {"latentdiff.data"}
 # These see both floors; `latentdiff` itself is the front door that names what they offer.
@@ -126,6 +129,8 @@ def test_only_backend_and_export_import_a_framework():
         frameworks = {name.partition(".")[0] for name in imported} & FRAMEWORKS
         if module in FRAMEWORK_MODULES:
             frameworks -= {"tensorflow", "jax", "jaxlib"}
+        if module == PICKLE_MODULE:
+            frameworks -= {"torch"}
         if module in INPUT_MODULES and "TensorFlow" in (
             ast.get_docstring(ast.parse(MODULES[module].read_text())) or ""
         ):
@@ -185,6 +190,37 @@ def test_samplers_know_no_noise_generator_and_no_guidance():
 def test_nothing_imports_what_runs_code_from_files():
     for module, imported in IMPORTS.items():
         assert {name.partition(".")[0] for name in imported} & UNSAFE == set(), module
+
+
+def imports_at_once(source):
+    """Roots of what a source imports when it is imported itself: outside of functions."""
+    tree = ast.parse(source)
+    late = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in late]
+    return {name.partition(".")[0] for node in nodes for name in imports_of(ast.unparse(node), "x")}
+
+
+def test_torch_is_imported_by_the_one_module_that_reads_pickles_and_only_when_it_does():
+    assert [module for module in MODULES if reaches(module, "torch")] == [PICKLE_MODULE]
+    assert "torch" not in imports_at_once(MODULES[PICKLE_MODULE].read_text(encoding="utf-8"))
+    assert imports_at_once("import a\nif b:\n    from torch import c\ndef f():\n    import d") == {"a", "torch"}
+
+
+def test_only_the_converter_reads_pickles():
+    assert [module for module in MODULES if reaches(module, PICKLE_MODULE)] == [CONVERTER]
+    assert [module for module in MODULES if reaches(module, CONVERTER)] == ["latentdiff.commands"]
+
+
+def test_every_pickle_is_opened_with_weights_only():
+    calls = [
+        node
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert len(calls) == 1
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in calls[0].keywords}
+    assert given["weights_only"] == "True"
 
 
 @pytest.mark.parametrize(

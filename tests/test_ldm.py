@@ -367,9 +367,7 @@ def test_tokenizer_is_clips(age, ldm, tmp_path):
     tokens = [49406, 320, 1125, 539, 320, 2368, 49407]
     pad = 49407 if age == "sd1" else 0
     assert tokenizer("a photo of a cat").tolist() == [tokens + [pad] * 70]
-    assert tokenizer.decode([19794, 267, 1237]) == CLIPTokenizer.from_preset(tmp_path / "model.safetensors").decode(
-        [19794, 267, 1237]
-    )
+    assert CLIPTokenizer.from_preset(tmp_path / "model.safetensors").vocabulary == tokenizer.vocabulary
 
 
 def test_weights_are_mapped_and_read_when_they_are_asked_for(sd1, tmp_path):

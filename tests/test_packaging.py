@@ -43,12 +43,21 @@ def test_every_requirement_is_pinned_within_its_range():
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     extras = PYPROJECT["project"]["optional-dependencies"]
     wanted = PYPROJECT["project"]["dependencies"] + [
-        each for name in extras if name != "peers" for each in extras[name]
+        each for name in extras if name not in ("peers", "convert") for each in extras[name]
     ]
     for text in wanted:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text
     assert all("==" in text for text in extras["peers"])
+    # torch is no part of what the tests run on; the peers bring the one that pickles are tested with.
+    exact = {Requirement(text).name: next(iter(Requirement(text).specifier)).version for text in extras["peers"]}
+    assert all(Requirement(text).specifier.contains(exact[Requirement(text).name]) for text in extras["convert"])
+
+
+def test_clips_vocabulary_and_its_licence_are_in_the_package():
+    files = Path(latentdiff.__file__).parent / "checkpoints"
+    assert "Copyright (c) 2021 OpenAI" in (files / "clip_merges.LICENSE").read_text()
+    assert (files / "clip_merges.txt.gz").stat().st_size < 250_000
 
 
 def test_shipped_models_are_found_by_name_in_a_checkout():
