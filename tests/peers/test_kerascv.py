@@ -16,6 +16,9 @@ from keras_cv.src.models.stable_diffusion.diffusion_model import DiffusionModelV
 from keras_cv.src.models.stable_diffusion.text_encoder import TextEncoderV2
 
 import latentdiff as ld
+from latentdiff.checkpoints.kerascv import SETTINGS
+from latentdiff.diffusion.samplers import make_table, sample
+from latentdiff.presets import make_schedule
 
 # Keras' own, when it reads a variable of TensorFlow under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -145,3 +148,39 @@ def test_decoder_says_the_same(halves):
     _, decoder, ours = halves
     latent = numbers(1, 8, 8, 4)
     assert_near(ours.decode(latent), decoder(latent))
+
+
+class Stub:
+    """What KerasCV's loop asks a network, answered by a function."""
+
+    def __init__(self, function):
+        self.predict_on_batch = function
+
+
+def said_eps(latent, time, context):
+    """A made-up UNet that listens to all of its inputs: the latent, cos of the timestep, the context's mean."""
+    return np.sin(np.asarray(latent)) * (1 + 0.1 * time) + 0.05 * np.mean(context)
+
+
+@pytest.mark.parametrize("num_steps", [2, 25, 50])
+def test_sampling_is_that_of_kerascv(num_steps):
+    noise, context, scale = numbers(1, 16, 16, 4), numbers(77, 8, seed=1) + 1, 7.5
+    theirs = kcv.StableDiffusion(128, 128, jit_compile=False)
+    latents = []
+    theirs._text_encoder = Stub(lambda inputs: np.zeros((1, 77, 8), "float32"))
+    theirs._diffusion_model = Stub(
+        lambda inputs: said_eps(inputs["latent"], np.asarray(inputs["timestep_embedding"])[0, 0], inputs["context"])
+    )
+    theirs._decoder = Stub(lambda latent: latents.append(np.asarray(latent)) or np.zeros((1, 128, 128, 3)))
+    theirs.generate_image(
+        context, num_steps=num_steps, unconditional_guidance_scale=scale, diffusion_noise=noise, batch_size=1
+    )
+
+    def denoise(x, timestep, signal, noise):
+        conditional, unconditional = (said_eps(x, np.cos(timestep), each) for each in (context, 0.0))
+        eps_hat = unconditional + scale * (conditional - unconditional)
+        return (x - noise * eps_hat) / signal, eps_hat
+
+    table = make_table(schedule=make_schedule(SETTINGS), num_steps=num_steps, **SETTINGS.table_arguments())
+    # Theirs reads alpha_bar from a list of five digits.
+    np.testing.assert_allclose(sample(denoise, table, noise, xp=np), latents[0], rtol=2e-3, atol=2e-3)
