@@ -200,7 +200,7 @@ def test_another_backend_than_the_pictures_is_said(pipeline, capsys, monkeypatch
         ("generate heart --preset emojis", "Received: 'emojis'. Did you mean 'emoji'?"),
         ("generate heart --preset nothing/like-it", "Names: emoji."),
         ("generate heart --preset model.ckpt", "a pickle can run any program"),
-        ("generate heart --preset model.safetensors", "not a file"),
+        ("generate heart --preset model.safetensors", "is truncated"),
         ("generate heart --output no/where/out.png", "in a directory that exists"),
         ("generate heart --output out.jpg", "must end in .png"),
         ("generate heart --output folder.png", "must not be a directory"),

@@ -221,10 +221,7 @@ def write_component(
             fresh,
             KINDS[kind].stem,
             {entry.keys[0]: (_CODES[dtypes[entry.path]], entry.foreign_shape) for entry in entries},
-            (
-                entry.to_foreign(cast(np.asarray(arrays[entry.path]), dtypes[entry.path], f"`{entry.path}`"))
-                for entry in entries
-            ),
+            (_foreign(entry, arrays, dtypes[entry.path]) for entry in entries),
             max_shard_size,
         )
 
@@ -238,6 +235,15 @@ def _class_names(values: Mapping[str, Any]) -> list[Any]:
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(KINDS)}. Received: kind={kind!r}")
+
+
+def _foreign(entry: Entry, arrays: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    """One of `arrays` as the file holds it."""
+    if not isinstance(arrays, Weights):
+        return entry.to_foreign(cast(np.asarray(arrays[entry.path]), dtype, f"`{entry.path}`"))
+    array = arrays.foreign(entry.path)
+    array = array if array.dtype == dtype else cast(array, dtype, f"`{entry.path}`")
+    return array.reshape(entry.foreign_shape)
 
 
 def _check_arrays(entries: list[Entry], arrays: Mapping[str, Any]) -> None:

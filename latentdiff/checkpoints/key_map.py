@@ -102,9 +102,13 @@ class Weights(LazyArrays):
         self._dtype = dtype
 
     def __getitem__(self, path: str) -> np.ndarray:
-        entry, tensor = self._sources[path]
+        return self._sources[path][0].from_foreign(self.foreign(path))
+
+    def foreign(self, path: str) -> np.ndarray:
+        """The array as it lies in the file, from which another file is written without being laid out twice."""
+        _, tensor = self._sources[path]
         stored = tensor.view()
-        return entry.from_foreign(cast(stored, self._dtype or stored.dtype, f"`{tensor.name}` of `{tensor.file}`"))
+        return cast(stored, self._dtype or stored.dtype, f"`{tensor.name}` of `{tensor.file}`")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)

@@ -149,7 +149,7 @@ def test_file_is_the_directory_tensor_for_tensor(file, directory, kind):
 
 def test_diffusers_finds_the_same_in_the_file(file, directory, tmp_path):
     theirs = diffusers.StableDiffusionPipeline.from_single_file(
-        file, config=str(directory), local_files_only=True, safety_checker=None, load_safety_checker=False
+        file, config=str(directory), local_files_only=True, safety_checker=None
     )
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same(open_source(file), open_source(tmp_path / "theirs"))
