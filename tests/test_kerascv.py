@@ -1,15 +1,18 @@
 """KerasCV's files: every array at its place, whatever is wrong told, nothing read but the file itself."""
 
 import shutil
+import warnings
 
 import h5py
 import ml_dtypes
 import numpy as np
 import pytest
 
+from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.checkpoints.files import CheckpointError
 from latentdiff.checkpoints.h5_files import open_layers
 from latentdiff.checkpoints.sources import open_source
+from latentdiff.convert import convert
 
 C = 32  # channels of the smallest level that 32 groups divide
 TIME = 4 * C
@@ -434,6 +437,38 @@ def test_what_keras_never_writes_is_refused(change, message, half):
 def test_what_is_no_hdf5_is_refused(content, half):
     (half / "vae_encoder.h5").write_bytes(content)
     assert "vae_encoder.h5" in refused(half)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("kcv_diffusion_model.h5", "unet", {"entry_epsilon": 1e-6, "gelu": "exact"}),
+        ("kcv_encoder.h5", "text_encoder", {"activation": "quick_gelu"}),
+        (".", "autoencoder", {"norm_epsilon": 1e-6}),
+    ],
+)
+def test_a_converted_network_is_as_stable_diffusion_was_trained(name, kind, said, directory, half, tmp_path):
+    source = half if kind == "autoencoder" else directory / name
+    before = open_source(source).component(kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(source, tmp_path / "out")
+    told = " ".join(str(warning.message) for warning in caught)
+    changed = {argument for argument, value in said.items() if before.config[argument] != value}
+    assert all(f"{argument}={before.config[argument]!r}" in told for argument in changed)
+    assert bool(caught) == bool(changed)
+    after = open_source(tmp_path / "out").component(kind)
+    assert {argument: after.config[argument] for argument in said} == said
+    assert {argument for argument in before.config if after.config[argument] != before.config[argument]} == changed
+    for path, array in before.weights.items():
+        np.testing.assert_array_equal(after.weights[path], array)
+
+
+def test_what_keras_cv_computes_is_refused_in_a_diffusers_directory(directory, tmp_path):
+    for kind, name in (("unet", "entry_epsilon=1e-05"), ("autoencoder", "norm_epsilon=1e-05")):
+        component = open_source(directory).component(kind)
+        with pytest.raises(ValueError, match=name):
+            write_component(tmp_path / kind, kind, component.config, component.weights)
 
 
 def test_averaged_weights_and_variants_are_refused(half):

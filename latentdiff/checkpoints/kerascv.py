@@ -1,17 +1,14 @@
 """KerasCV's Stable Diffusion: four HDF5 files, one for each network, as a source.
 
-They name nothing that lasts, so position is all there is. Layers come in the model's order, which is that of our key
-maps but for the UNet's beginning, where the first convolution stands between the timestep's two dense layers, by its
-depth in the graph. Sizes are read from the arrays; heads, epsilons and activations, which no array tells, are those of
-KerasCV 0.9 under Keras 3, and differ from everybody else's: every norm has 1e-5, and GELU is tanh's, in the UNet and in
-the text encoder of SD 2.1. So the networks say what KerasCV's say, and a diffusers directory cannot hold them.
+They name nothing that lasts, so position is all there is. KerasCV computes unlike everybody else: every norm has an
+epsilon of 1e-5, and GELU is tanh's, in the UNet and in the text encoder of SD 2.1. So do the networks that come from
+its files, and a diffusers directory cannot hold them as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import groupby
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,8 @@ from latentdiff.checkpoints.clip_vocabulary import clip_tokenizer
 from latentdiff.checkpoints.diffusers import Component, key_map
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.checkpoints.files import CheckpointError
-from latentdiff.checkpoints.h5_files import StoredLayer, open_layers
+from latentdiff.checkpoints.h5_files import open_layers
+from latentdiff.checkpoints.kerascv_networks import CONFIGS, Groups, Network, layers_of, network_of
 from latentdiff.checkpoints.key_map import Entry, Weights, as_dtype
 from latentdiff.checkpoints.safetensors_files import StoredTensor
 
@@ -39,40 +37,13 @@ HALVES = {"text_encoder": ("text_encoder",), "unet": ("unet",), "autoencoder": (
 # end token.
 SETTINGS = SamplerSettings(sampler="ddim", spacing="linspace", steps_offset=0, set_alpha_to_one=True)
 
-_UNET = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "channels": (32, 32, 32, 32),
-    "blocks_per_level": 2,
-    "attention": (True, True, True, False),
-    "heads": (8, 8, 8, 8),
-    "transformer_depth": (1, 1, 1, 1),
-    "context_dim": 768,
-    "dense_projection": False,
-    "groups": 32,
-    "norm_epsilon": 1e-5,
-    "entry_epsilon": 1e-5,
-    "gelu": "tanh",
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_attention": True,
+# What Stable Diffusion was trained with, and diffusers computes with, where KerasCV differs.
+_TRAINED = {
+    "unet": {"entry_epsilon": {1e-5: 1e-6}, "gelu": {"tanh": "exact"}},
+    "autoencoder": {"norm_epsilon": {1e-5: 1e-6}},
+    "text_encoder": {"activation": {"gelu_tanh": "gelu"}},
 }
-_AUTOENCODER = {
-    "channels": (32, 32, 32, 32),
-    "blocks_per_level": 2,
-    "latent_channels": 4,
-    "image_channels": 3,
-    "groups": 32,
-    "norm_epsilon": 1e-5,
-    "scaling_factor": 0.18215,
-    "shift_factor": 0.0,
-    "mid_attention": True,
-}
-_TEXT_WIDTHS = {768: "quick_gelu", 1024: "gelu_tanh"}
-_HEAD_WIDTH = 64  # of the text encoders and of SD 2.1's UNet; SD 1.x's has 8 heads everywhere
 _LEAVES = ("kernel", "bias", "gamma", "beta", "embeddings")
-
-Groups = dict[str, list[Entry]]  # a layer's name here -> its variables
 
 
 def is_kerascv(path: Path) -> bool:
@@ -82,6 +53,25 @@ def is_kerascv(path: Path) -> bool:
     names = [name for published in FILES.values() for name in published]
     configured = any((path / name).exists() for name in ("model_index.json", "config.json"))
     return not configured and any((path / name).is_file() for name in names)
+
+
+def as_trained(component: Component) -> Component:
+    """A component of KerasCV's whose configuration is Stable Diffusion's own, which a diffusers directory can say.
+
+    A warning says what the network then computes otherwise than in KerasCV.
+    """
+    config = component.config
+    trained = _TRAINED[component.kind]
+    changes = {name: values[config[name]] for name, values in trained.items() if config[name] in values}
+    if changes:
+        theirs = ", ".join(f"{name}={config[name]!r}" for name in changes)
+        ours = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        warnings.warn(
+            f"KerasCV's {component.kind} computes with {theirs}. What is written says {ours}, as Stable Diffusion was"
+            " trained, and its numbers differ a little from KerasCV's.",
+            stacklevel=3,  # the caller of `convert`
+        )
+    return replace(component, config={**config, **changes})
 
 
 class KerasCV:
@@ -99,7 +89,7 @@ class KerasCV:
         self._prediction = prediction
         self._files: dict[str, Path] = {}
         if path.is_file():
-            self._files[_network_of(open_layers(path), path)] = path
+            self._files[network_of(open_layers(path), path)] = path
             return
         for network, names in FILES.items():
             present = [name for name in names if (path / name).is_file()]
@@ -123,11 +113,11 @@ class KerasCV:
             raise ValueError(f"KerasCV's files have no variants. Received: variant={variant!r}")
         self._check_present([kind])
         networks = {half: self._open(half) for half in HALVES[kind]}
-        config = _CONFIGS[kind](networks)
+        config = CONFIGS[kind](networks)
         entries = key_map(kind, config)
         sources: dict[str, tuple[Entry, StoredTensor]] = {}
         for network in networks.values():
-            sources |= _match(_layers_of(entries, network.name), network)
+            sources |= _match(layers_of(entries, network.name), network)
         return Component(kind, self.path, config, {}, Weights(sources, target), ())
 
     def settings(self) -> SamplerSettings:
@@ -149,150 +139,16 @@ class KerasCV:
                 f"KerasCV keeps the {' and '.join(kinds)} in files of one directory. {place} lacks: {names}"
             )
 
-    def _open(self, name: str) -> _Network:
+    def _open(self, name: str) -> Network:
         path = self._files[name]
         layers = open_layers(path)
-        found = _network_of(layers, path)
+        found = network_of(layers, path)
         if found != name:
             raise CheckpointError(f"`{path}` must be KerasCV's {name}. Received: its {found}.")
-        return _Network(name, path, layers)
+        return Network(name, path, layers)
 
 
-@dataclass(frozen=True)
-class _Network:
-    """One file: which network it is, and its layers."""
-
-    name: str
-    path: Path
-    layers: list[StoredLayer]
-
-    def shapes(self, groups: Groups) -> dict[str, tuple[int, ...]]:
-        """The shapes by our paths, for a key map of the same layers and other sizes.
-
-        Raises:
-            CheckpointError: If there is another number of layers; those that are too many or too few are named.
-        """
-        absent = list(groups)[len(self.layers) :]
-        surplus = [layer.name for layer in self.layers[len(groups) :]]
-        if absent or surplus:
-            raise CheckpointError(
-                f"`{self.path}` must have the {len(groups)} layers of KerasCV's {self.name}. Received:"
-                f" {len(self.layers)}; missing: {', '.join(absent) or 'none'};"
-                f" left over: {', '.join(surplus) or 'none'}"
-            )
-        return {
-            entry.path: tensor.shape
-            for entries, layer in zip(groups.values(), self.layers, strict=True)
-            for entry, tensor in zip(entries, layer.weights, strict=False)
-        }
-
-    def size(self, shapes: Mapping[str, tuple[int, ...]], path: str, axis: int) -> int:
-        """One axis of an array, of at least 1."""
-        shape = shapes.get(path, ())
-        if not shape or not -len(shape) <= axis < len(shape) or shape[axis] < 1:
-            raise CheckpointError(f"`{self.path}` is no {self.name} of KerasCV: {path} is {shape} in it.")
-        return shape[axis]
-
-
-def _network_of(layers: list[StoredLayer], path: Path) -> str:
-    """Which of the four networks begins like that."""
-    first = [weight.shape for weight in layers[0].weights] if layers else []
-    ranks = [len(shape) for shape in first]
-    if ranks == [2, 2]:
-        return "text_encoder"
-    if ranks == [2, 1]:
-        return "unet"
-    if ranks == [4, 1] and first[0][:2] in ((1, 1), (3, 3)):
-        return "decoder" if first[0][0] == 1 else "encoder"
-    raise CheckpointError(
-        f"`{path}` is none of KerasCV's networks: its first layer has arrays of {first or 'no'} shape."
-    )
-
-
-def _layers_of(entries: list[Entry], network: str) -> Groups:
-    """The key map of a network, layer by layer, in KerasCV's order."""
-    within = f"{network}/" if network in ("encoder", "decoder") else ""
-
-    def layer(entry: Entry) -> str:
-        name = entry.path.removeprefix(within).partition("/")[0]
-        return "embeddings" if name.endswith("_embedding") else name
-
-    own = [entry for entry in entries if entry.path.startswith(within)]
-    groups = {name: list(group) for name, group in groupby(own, layer)}
-    if network == "unet":
-        groups = {name: groups[name] for name in ("time_mlp_1", "conv_in")} | groups
-    return groups
-
-
-def _unet_config(networks: Mapping[str, _Network]) -> dict[str, Any]:
-    unet = networks["unet"]
-    shapes = unet.shapes(_layers_of(key_map("unet", _UNET), "unet"))
-    channels = tuple(unet.size(shapes, f"down_{i}_resnet_0/conv_1/bias", 0) for i in range(4))
-    dense_projection = len(shapes.get("mid_attention/proj_in/kernel", ())) == 2
-    _check_channels(channels, _HEAD_WIDTH if dense_projection else _UNET["groups"], unet.path)
-    return {
-        **_UNET,
-        "in_channels": unet.size(shapes, "conv_in/kernel", 2),
-        "out_channels": unet.size(shapes, "conv_out/bias", 0),
-        "channels": channels,
-        "heads": tuple(width // _HEAD_WIDTH for width in channels) if dense_projection else _UNET["heads"],
-        "context_dim": unet.size(shapes, "mid_attention/block_0/cross_attention/key/kernel", 0),
-        "dense_projection": dense_projection,
-    }
-
-
-def _autoencoder_config(networks: Mapping[str, _Network]) -> dict[str, Any]:
-    encoder = networks["encoder"]
-    shapes = encoder.shapes(_layers_of(key_map("autoencoder", _AUTOENCODER), "encoder"))
-    channels = tuple(encoder.size(shapes, f"encoder/down_{i}_resnet_0/conv_1/bias", 0) for i in range(4))
-    _check_channels(channels, _AUTOENCODER["groups"], encoder.path)
-    networks["decoder"].shapes(_layers_of(key_map("autoencoder", _AUTOENCODER), "decoder"))
-    return {
-        **_AUTOENCODER,
-        "channels": channels,
-        "latent_channels": encoder.size(shapes, "encoder/quant_conv/bias", 0) // 2,
-        "image_channels": encoder.size(shapes, "encoder/conv_in/kernel", 2),
-    }
-
-
-def _text_encoder_config(networks: Mapping[str, _Network]) -> dict[str, Any]:
-    text = networks["text_encoder"]
-    config = {
-        "vocabulary_size": 1,
-        "context_length": 1,
-        "width": 1,
-        "depth": max(len(text.layers) - 2, 0),  # beside the embeddings and the final norm
-        "heads": 1,
-        "mlp_width": 1,
-        "activation": "quick_gelu",
-        "norm_epsilon": 1e-5,
-    }
-    shapes = text.shapes(_layers_of(key_map("text_encoder", config), "text_encoder"))
-    width = text.size(shapes, "token_embedding/embeddings", 1)
-    if width not in _TEXT_WIDTHS:
-        raise CheckpointError(
-            f"`{text.path}`: KerasCV's text encoders are {' or '.join(map(str, _TEXT_WIDTHS))} wide. Received: {width}"
-        )
-    return {
-        **config,
-        "vocabulary_size": text.size(shapes, "token_embedding/embeddings", 0),
-        "context_length": text.size(shapes, "position_embedding/embeddings", 0),
-        "width": width,
-        "heads": width // _HEAD_WIDTH,
-        "mlp_width": 4 * width,
-        "activation": _TEXT_WIDTHS[width],
-    }
-
-
-_CONFIGS = {"unet": _unet_config, "autoencoder": _autoencoder_config, "text_encoder": _text_encoder_config}
-
-
-def _check_channels(channels: tuple[int, ...], divisor: int, path: Path) -> None:
-    if any(width % divisor for width in channels):
-        raise CheckpointError(f"`{path}`: channels must be multiples of {divisor}. Received: {channels}")
-
-
-def _match(groups: Groups, network: _Network) -> dict[str, tuple[Entry, StoredTensor]]:
+def _match(groups: Groups, network: Network) -> dict[str, tuple[Entry, StoredTensor]]:
     """Each variable with the array at its place.
 
     Raises:
