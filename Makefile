@@ -3,7 +3,7 @@
 #   make run PROMPT="a red heart, noto style"    writes out.png
 #   make test                                    the tests, on TensorFlow and on JAX
 #   make lint                                    ruff and pyright
-#   make peers                                   the comparison with diffusers and transformers (needs torch)
+#   make peers                                   the comparison with diffusers, transformers, KerasCV (needs torch)
 #   make wheel                                   builds the wheel and generates from it in an empty directory
 
 SHELL := /bin/bash

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from latentdiff.checkpoints.files import PICKLE_SUFFIXES, pickle_message
@@ -22,13 +23,17 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in directory.iterdir() if path.is_dir())) if directory.is_dir() else ()
 
 
-def resolve_preset(preset: str | os.PathLike[str]) -> Path:
+def resolve_preset(
+    preset: str | os.PathLike[str], parts: Collection[str] | None = None, variant: str | None = None
+) -> Path:
     """The directory or the file that a preset stands for.
 
     A shipped name comes first; a directory of the same name is meant by `./name` or by a `Path`.
 
     Args:
-        preset: a name in `weights/`, or the path of a model directory or of one `.safetensors` file.
+        preset: a name in `weights/`, the path of a model directory or of one file, or `hf://owner/name` for a model of
+            a hub, which is fetched into its cache; see `latentdiff.checkpoints.hub`.
+        parts, variant: what of a hub's model is needed; None is all parts, and the plain weights.
 
     Returns:
         An existing directory or file; what it holds has not been looked at.
@@ -36,9 +41,14 @@ def resolve_preset(preset: str | os.PathLike[str]) -> Path:
     Raises:
         TypeError: if `preset` is neither a string nor a path.
         ValueError: if there is nothing of that name, with the names that are near; if it is a file of another kind.
+        ImportError, FileNotFoundError: of a hub's model; see `hub.fetch`.
     """
     if not isinstance(preset, str | os.PathLike):
         raise TypeError(f"`preset` must be a name or a path. Received: {preset!r}.")
+    if isinstance(preset, str) and preset.startswith("hf://"):
+        from latentdiff.checkpoints import hub
+
+        return hub.fetch(preset, parts, variant)
     names = preset_names()
     if isinstance(preset, str) and preset in names:
         return weights_directory() / preset
@@ -48,10 +58,10 @@ def resolve_preset(preset: str | os.PathLike[str]) -> Path:
     if str(preset) and path.is_file():
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise ValueError(pickle_message(f"`{path}`"))
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() in (".safetensors", ".h5"):
             return path
         raise ValueError(
-            f"`preset` must be a name, a model directory or a `.safetensors` file. Received: {str(path)!r}, a file."
+            f"`preset` must be a name, a model directory, or a `.safetensors` or `.h5` file. Received: {str(path)!r}."
         )
     near = difflib.get_close_matches(str(preset), names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Names: {', '.join(names) or 'none'}."

@@ -94,7 +94,7 @@ def _convert(options: argparse.Namespace) -> None:
     from latentdiff.convert import convert
 
     convert(
-        _path(options.source),
+        _path(options.source, options.variant),
         options.directory,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
@@ -109,7 +109,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     from latentdiff.checkpoints.describe import describe
 
-    said = describe(open_source(_path(options.path)), options.variant)
+    said = describe(open_source(_path(options.path, options.variant)), options.variant)
     print(json.dumps(said, indent=2) if options.json else _table(said))
 
 
@@ -151,8 +151,10 @@ def _export(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-def _path(source: str) -> Path:
-    """The path that a name or a path stands for; what is at it is not asked here."""
+def _path(source: str, variant: str | None) -> Path:
+    """The path that a name, a path or a hub's address stands for; what is at it is not asked here."""
+    if source.startswith("hf://"):
+        return resolve_preset(source, variant=variant)
     return weights_directory() / source if source in preset_names() else Path(source)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from latentdiff.checkpoints import diffusers, diffusers_pipeline, pickles
 from latentdiff.checkpoints.diffusers_directory import DiffusersDirectory
 from latentdiff.checkpoints.files import CheckpointError, check_replaceable, replaced_directory
+from latentdiff.checkpoints.kerascv import KerasCV, as_trained
 from latentdiff.checkpoints.ldm import LDMFile
 from latentdiff.checkpoints.sources import Source, check_fit, open_source
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -49,6 +50,8 @@ def convert(
     check_replaceable(directory, overwrite)
     opened = open_any(Path(source), ema=ema, prediction=prediction)
     components = {kind: opened.component(kind, variant=variant) for kind in opened.kinds}
+    if isinstance(opened, KerasCV):
+        components = {kind: as_trained(component) for kind, component in components.items()}
     if len(components) == 1:
         ((kind, component),) = components.items()
         _write_component(component, directory, dtype, max_shard_size, overwrite)

@@ -88,7 +88,7 @@ def load_pipeline(
         FileNotFoundError: a file is missing.
     """
     dtype = _dtype(dtype)
-    source = open_source(resolve_preset(preset), ema=ema, prediction=prediction)
+    source = open_source(resolve_preset(preset, variant=variant), ema=ema, prediction=prediction)
     settings = source.settings()
     try:
         make_schedule(settings)
@@ -142,7 +142,7 @@ def load_text_encoder(
 
 def load_tokenizer(preset: str | os.PathLike) -> CLIPTokenizer:
     """The tokenizer of a pipeline, or of a directory of its own. Raises as `load_pipeline`."""
-    return CLIPTokenizer(**open_source(resolve_preset(preset)).tokenizer())
+    return CLIPTokenizer(**open_source(resolve_preset(preset, ["tokenizer"])).tokenizer())
 
 
 def save_pipeline(
@@ -260,7 +260,7 @@ def _load(
     kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, ema: bool = False, **changes: Any
 ) -> keras.Model:
     dtype = _dtype(dtype)
-    source = open_source(resolve_preset(preset), ema=ema)
+    source = open_source(resolve_preset(preset, [kind], variant), ema=ema)
     component = source.component(kind, dtype=_held_dtype(dtype), variant=variant)
     return _network(component, dtype, **changes)
 

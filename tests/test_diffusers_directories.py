@@ -141,6 +141,14 @@ def test_text_encoder_is_read_under_our_names_and_layouts(tmp_path):
     assert weights.shape("layer_0/mlp_1/kernel") == (4, 6)
 
 
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "gelu_new"])
+def test_both_of_transformers_names_of_tanhs_gelu_are_read_and_the_first_is_written(name, tmp_path):
+    component = read_text(save(tmp_path / "in", {**TEXT_CONFIG, "hidden_act": name}, text_tensors()))
+    assert component.config["activation"] == "gelu_tanh"
+    diffusers.write_component(tmp_path / "out", "text_encoder", component.config, component.weights)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_act"] == "gelu_pytorch_tanh"
+
+
 def test_text_encoder_without_prefix_is_the_same(tmp_path):
     old = read_text(save(tmp_path / "old", TEXT_CONFIG, text_tensors("text_model.")))
     new = read_text(save(tmp_path / "new", TEXT_CONFIG, text_tensors("")))
@@ -275,6 +283,8 @@ def test_configuration_of_stable_diffusion_1_is_read():
         "dense_projection": False,
         "groups": 32,
         "norm_epsilon": 1e-5,
+        "entry_epsilon": 1e-6,
+        "gelu": "exact",
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "mid_attention": True,
@@ -443,6 +453,8 @@ def test_what_diffusers_cannot_say_is_refused_by_name(tmp_path):
     autoencoder, _ = diffusers.KINDS["autoencoder"].module.read_config(AUTOENCODER_CONFIG, "")
     for kind, config, message in (
         ("unet", {**unet, "mid_attention": False}, "mid_attention"),
+        ("unet", {**unet, "gelu": "tanh"}, "must have gelu='exact'. Received: gelu='tanh'"),
+        ("unet", {**unet, "entry_epsilon": 1e-5}, "must have entry_epsilon=1e-06. Received: entry_epsilon=1e-05"),
         ("unet", {**unet, "learned_variance": True}, "learned_variance"),
         ("autoencoder", {**autoencoder, "norm_epsilon": 1e-5}, "norm_epsilon=1e-05"),
         ("autoencoder", {"channels": (4, 8)}, "missing .*blocks_per_level"),

@@ -48,6 +48,10 @@ def gelu(x):
     return x * 0.5 * (1 + erf(x / math.sqrt(2)))
 
 
+def gelu_tanh(x):
+    return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def group_normalized(x, groups, epsilon, gamma=1.0, beta=0.0):
     grouped = x.astype("float64").reshape(len(x), -1, groups, x.shape[-1] // groups)
     mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
@@ -214,14 +218,15 @@ def test_resnet_block_is_two_convolutions_added_to_their_input(channels):
     np.testing.assert_allclose(to_numpy(run(block, x, time)), joined + h, atol=2e-5)
 
 
-def test_transformer_block_attends_twice_and_ends_in_a_geglu():
+@pytest.mark.parametrize(("name", "function"), [("exact", gelu), ("tanh", gelu_tanh)])
+def test_transformer_block_attends_twice_and_ends_in_a_geglu(name, function):
     x, context = numbers(2, 5, 8), numbers(2, 3, 6, seed=1)
-    block, w = random_weights(TransformerBlock(8, 2, name="block"), x.shape, context.shape)
+    block, w = random_weights(TransformerBlock(8, 2, gelu=name, name="block"), x.shape, context.shape)
     h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "self_attention", 2)
     h = h + attention(layer_normalized(h, w, "norm_2"), context, w, "cross_attention", 2)
     wide = layer_normalized(h, w, "norm_3") @ w["geglu/kernel"] + w["geglu/bias"]
     value, gate = wide[..., :32], wide[..., 32:]  # the value half comes first
-    h = h + (value * gelu(gate)) @ w["mlp_out/kernel"] + w["mlp_out/bias"]
+    h = h + (value * function(gate)) @ w["mlp_out/kernel"] + w["mlp_out/bias"]
     np.testing.assert_allclose(to_numpy(run(block, x, context)), h, atol=2e-5)
 
 
@@ -248,6 +253,13 @@ def test_spatial_transformers_of_both_ages_are_one_function():
     assert relative_error(out, x) > 0.1
 
 
+def test_spatial_transformer_has_an_epsilon_of_its_own_at_the_entry():
+    x = numbers(2, 3, 4, 8)
+    block = SpatialTransformer(8, 2, groups=4, norm_epsilon=1e-3, entry_epsilon=0.5)
+    block.build(x.shape, (2, 3, 6))
+    np.testing.assert_allclose(to_numpy(run(block.norm, x)), group_normalized(x, 4, 0.5), atol=2e-5)
+
+
 def test_attention_block_attends_over_all_positions():
     x = numbers(2, 3, 4, 8)
     block, w = random_weights(AttentionBlock(8, 4, 1e-6, name="block"), x.shape)
@@ -257,13 +269,14 @@ def test_attention_block_attends_over_all_positions():
     np.testing.assert_allclose(to_numpy(run(block, x)), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
 def test_text_layer_is_clips(activation):
     x = numbers(2, 5, 8)
     layer, w = random_weights(TextLayer(8, 2, 16, activation, name="layer"), x.shape)
     h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "attention", 2, causal=True)
     wide = layer_normalized(h, w, "norm_2") @ w["mlp_1/kernel"] + w["mlp_1/bias"]
-    wide = gelu(wide) if activation == "gelu" else wide / (1 + np.exp(-1.702 * wide))
+    functions = {"quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)), "gelu": gelu, "gelu_tanh": gelu_tanh}
+    wide = functions[activation](wide)
     h = h + wide @ w["mlp_2/kernel"] + w["mlp_2/bias"]
     np.testing.assert_allclose(to_numpy(run(layer, x)), h, atol=2e-5)
 
@@ -287,7 +300,11 @@ def test_position_embedding_adds_the_first_vectors():
             "`width` must be divisible by `heads`. Received: width=8, heads=3",
         ),
         (lambda: TextLayer(8, 0, 16), "`width` must be divisible by `heads`. Received: width=8, heads=0."),
-        (lambda: TextLayer(8, 2, 16, "relu"), "one of ['gelu', 'quick_gelu']. Received: activation='relu'."),
+        (lambda: TransformerBlock(8, 2, gelu="relu"), "`gelu` must be one of exact, tanh. Received: gelu='relu'."),
+        (
+            lambda: TextLayer(8, 2, 16, "relu"),
+            "one of ['gelu', 'gelu_tanh', 'quick_gelu']. Received: activation='relu'.",
+        ),
         (lambda: Downsample(8, "before"), '`padding` must be "all" or "after". Received: padding=\'before\'.'),
         (lambda: TimestepEmbedding(5), "`width` must be even. Received: width=5."),
     ],
@@ -305,8 +322,8 @@ def test_bad_argument_is_told(make, message):
         ResnetBlock(8, 4, 1e-6, time=True, zero=True),
         layers.Attention(8, 2, use_bias=True, causal=True),
         AttentionBlock(8, 4, 1e-5),
-        TransformerBlock(8, 2, 1e-6),
-        SpatialTransformer(8, 2, 2, 4, True, 1e-6),
+        TransformerBlock(8, 2, 1e-6, "tanh"),
+        SpatialTransformer(8, 2, 2, 4, True, 1e-6, 1e-5, "tanh"),
         Downsample(8, "after"),
         Upsample(8),
         TimestepEmbedding(8, False, 1),

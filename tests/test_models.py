@@ -121,6 +121,68 @@ def test_network_comes_back_from_its_file(kind, tiny_pipe, tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+NARROW = {
+    "unet": (UNet, {**UNET, "channels": (4,), "attention": (True,), "heads": 2, "groups": 2, "gelu": "tanh"}),
+    "autoencoder": (Autoencoder, {"channels": (4,), "blocks_per_level": 1, "groups": 2, "norm_epsilon": 1e-5}),
+    "text_encoder": (CLIPTextEncoder, {**TEXT_ENCODER, "activation": "gelu_tanh"}),
+}
+
+
+def assert_same(network, other):
+    """Class, configuration and every variable, bit for bit."""
+    assert type(other) is type(network)
+    assert other.get_config() == network.get_config()
+    theirs = dict(named_variables(other))
+    for path, variable in named_variables(network):
+        assert theirs[path].dtype == variable.dtype, path
+        np.testing.assert_array_equal(to_numpy(theirs[path]), to_numpy(variable), err_msg=path)
+
+
+# Keras' own, when it writes a variable of TensorFlow under NumPy 2.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", list(NARROW))
+def test_keras_keeps_a_network_in_every_way_that_it_has(kind, dtype, tmp_path):
+    network_class, config = NARROW[kind]
+    network = make(network_class, config, dtype=dtype)
+
+    again = network_class.from_config(network.get_config())
+    assert again.get_config() == network.get_config()
+    network.save_weights(tmp_path / "network.weights.h5")
+    again.load_weights(tmp_path / "network.weights.h5")
+    assert_same(network, again)
+
+    clone = keras.models.clone_model(network)  # of a class's own configuration Keras makes a plain functional model
+    clone.set_weights(network.get_weights())
+    for mine, theirs in zip(network.weights, clone.weights, strict=True):
+        assert theirs.dtype == mine.dtype
+        np.testing.assert_array_equal(to_numpy(theirs), to_numpy(mine))
+
+    network.save(tmp_path / "network.keras")
+    assert_same(network, keras.models.load_model(tmp_path / "network.keras"))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", list(NARROW))
+def test_keras_keeps_a_network_that_was_trained(kind, tmp_path):
+    network_class, config = NARROW[kind]
+    network = make(network_class, config)
+    before = {path: to_numpy(variable) for path, variable in named_variables(network)}
+    inputs = inputs_of(kind, network)
+    target = np.zeros_like(to_numpy(run(network, inputs)))
+    network.compile("adam", "mse")
+    network.fit(inputs, target, verbose=0)
+    assert any((to_numpy(variable) != before[path]).any() for path, variable in named_variables(network))
+
+    network.save(tmp_path / "network.keras")
+    again = keras.models.load_model(tmp_path / "network.keras")
+    assert_same(network, again)
+    assert int(again.optimizer.iterations) == 1
+    clone = keras.models.clone_model(network)
+    clone.set_weights(network.get_weights())
+    np.testing.assert_allclose(to_numpy(run(clone, inputs)), to_numpy(run(network, inputs)), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("network_class", "config"),
     [
@@ -147,6 +209,7 @@ def test_blank_weights_draw_nothing(network_class, config):
         (UNet, {"channels": (30,), "attention": (False,)}, "Received: channels=30, groups=32."),
         (UNet, {**UNET, "heads": (2, 4, 8)}, "`heads` must have one value for each of `channels`"),
         (UNet, {**UNET, "transformer_depth": [1]}, "`transformer_depth` must have one value for each of `channels`"),
+        (UNet, {**UNET, "gelu": "relu"}, "`gelu` must be one of exact, tanh. Received: gelu='relu'."),
         (UNet, {**UNET, "heads": 3}, "`width` must be divisible by `heads`. Received: width=8, heads=3."),
         (Autoencoder, {"channels": (8, 16)}, "Received: channels=8, groups=32."),
         (CLIPTextEncoder, {**TEXT_ENCODER, "heads": 3}, "Received: width=8, heads=3."),

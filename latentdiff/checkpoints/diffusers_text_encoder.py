@@ -35,6 +35,13 @@ _DEFAULTS = {
     "layer_norm_eps": 1e-5,
     "model_type": "clip_text_model",
 }
+# transformers' names; of equal ones the first is written.
+_ACTIVATIONS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 _DETAILS = ("projection_dim", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -52,7 +59,7 @@ def read_config(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
         "depth": fields.count("num_hidden_layers", high=256),
         "heads": fields.count("num_attention_heads", high=2**10),
         "mlp_width": fields.count("intermediate_size", high=2**18),
-        "activation": fields.choice("hidden_act", {"quick_gelu": "quick_gelu", "gelu": "gelu"}),
+        "activation": fields.choice("hidden_act", _ACTIVATIONS),
         "norm_epsilon": fields.number("layer_norm_eps", high=1.0),
     }
     fields.require("model_type", "clip_text_model")
@@ -85,7 +92,7 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
-        "hidden_act": config["activation"],
+        "hidden_act": next(name for name, activation in _ACTIVATIONS.items() if activation == config["activation"]),
         "hidden_size": config["width"],
         "initializer_factor": 1.0,
         "initializer_range": 0.02,

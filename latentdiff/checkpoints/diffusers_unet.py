@@ -25,10 +25,14 @@ ARGUMENTS = (
     "dense_projection",
     "groups",
     "norm_epsilon",
+    "entry_epsilon",
+    "gelu",
     "flip_sin_to_cos",
     "freq_shift",
     "mid_attention",
 )
+# What diffusers' UNet has no field for, and is always so there.
+CONSTANTS = {"entry_epsilon": 1e-6, "gelu": "exact", "mid_attention": True}
 DOWN_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 UP_TYPES = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
@@ -125,7 +129,7 @@ def read_config(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
         "norm_epsilon": fields.number("norm_eps", high=1.0),
         "flip_sin_to_cos": fields.flag("flip_sin_to_cos"),
         "freq_shift": fields.number("freq_shift"),
-        "mid_attention": True,
+        **CONSTANTS,
     }
     for name, allowed in _FIXED.items():
         fields.require(name, *allowed)
@@ -154,8 +158,9 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
     """
     require_arguments(config, ARGUMENTS, "a UNet")
     levels = len(config["channels"])
-    if not config["mid_attention"]:
-        raise ValueError("A diffusers UNet must have its middle attention. Received: mid_attention=False")
+    for name, value in CONSTANTS.items():
+        if config[name] != value:
+            raise ValueError(f"A diffusers UNet must have {name}={value!r}. Received: {name}={config[name]!r}")
     attention = _spread(config["attention"], levels)
     shift = config["freq_shift"]
     fields = {

@@ -70,6 +70,16 @@ class StoredTensor:
         """Whether the tensor is float16, bfloat16, float32 or float64."""
         return self.code in FLOATS
 
+    @property
+    def begin(self) -> int:
+        """Where in the file its bytes begin."""
+        return self._begin
+
+    @property
+    def end(self) -> int:
+        """Where in the file its bytes end."""
+        return self._begin + math.prod(self.shape) * ITEM_BYTES[self.code]
+
     def view(self) -> np.ndarray:
         """The tensor as it lies in the file, mapped and read-only, in its own dtype.
 

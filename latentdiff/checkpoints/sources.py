@@ -12,6 +12,7 @@ import numpy as np
 from latentdiff.checkpoints.diffusers import Component
 from latentdiff.checkpoints.diffusers_directory import DiffusersDirectory
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SamplerSettings
+from latentdiff.checkpoints.kerascv import KerasCV, is_kerascv
 from latentdiff.checkpoints.ldm import LDMFile
 
 
@@ -111,6 +112,8 @@ def open_source(path: str | os.PathLike, *, ema: bool = False, prediction: str |
         choices = ", ".join(PREDICTIONS.values())
         raise ValueError(f"`prediction` must be one of {choices}. Received: prediction={prediction!r}.")
     path = Path(path)
+    if is_kerascv(path):
+        return KerasCV(path, ema=ema, prediction=prediction)
     if path.is_file():
         return LDMFile(path, ema=ema, prediction=prediction)
     return DiffusersDirectory(path, ema=ema, prediction=prediction)

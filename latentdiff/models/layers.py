@@ -316,13 +316,20 @@ class TransformerBlock(Block):
         width: D.
         heads: divides `width`.
         norm_epsilon: epsilon of the layer norms.
+        gelu: of the MLP's gate, "exact" or "tanh".
+
+    Raises:
+        ValueError: unknown `gelu`, or `heads` does not divide `width`.
 
     Reference: Rombach et al. 2022, appendix E.2.1; GEGLU: Shazeer 2020, arXiv:2002.05202.
     """
 
-    def __init__(self, width: int, heads: int, norm_epsilon=1e-5, name=None, dtype=None):
+    def __init__(self, width: int, heads: int, norm_epsilon=1e-5, gelu="exact", name=None, dtype=None):
         super().__init__(locals(), name=name, dtype=dtype)
+        if gelu not in GELUS:
+            raise ValueError(f"`gelu` must be one of {', '.join(GELUS)}. Received: gelu={gelu!r}.")
         policy = self.dtype_policy
+        self.gelu = GELUS[gelu]
         self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
         self.self_attention = Attention(width, heads, name="self_attention", dtype=policy)
         self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
@@ -342,7 +349,7 @@ class TransformerBlock(Block):
         x = x + self.self_attention(self.norm_1(x))
         x = x + self.cross_attention(self.norm_2(x), context)
         value, gate = ops.split(self.geglu(self.norm_3(x)), 2, axis=-1)
-        return x + self.mlp_out(value * ops.gelu(gate, approximate=False))
+        return x + self.mlp_out(value * self.gelu(gate))
 
     def compute_output_shape(self, x_shape, context_shape):
         return x_shape
@@ -356,12 +363,14 @@ class SpatialTransformer(Block):
         channels: C, also the width of the blocks.
         heads: divides `channels`.
         depth: how many blocks.
-        groups: groups of the norm at the entry, whose epsilon is 1e-6 in every checkpoint.
+        groups: groups of the norm at the entry.
         dense_projection: projections are dense layers (SD 2.x) and not 1 x 1 convolutions (SD 1.x).
         norm_epsilon: epsilon of the layer norms.
+        entry_epsilon: epsilon of the norm at the entry.
+        gelu: of the MLPs' gates, "exact" or "tanh".
 
     Raises:
-        ValueError: `heads` or `groups` does not divide the channels.
+        ValueError: `heads` or `groups` does not divide the channels, or `gelu` is unknown.
 
     Reference: Rombach et al. 2022, appendix E.2.1.
     """
@@ -374,6 +383,8 @@ class SpatialTransformer(Block):
         groups: int = 32,
         dense_projection: bool = False,
         norm_epsilon: float = 1e-5,
+        entry_epsilon: float = 1e-6,
+        gelu: str = "exact",
         name=None,
         dtype=None,
     ):
@@ -381,7 +392,7 @@ class SpatialTransformer(Block):
         check_groups(channels, groups)
         policy = self.dtype_policy
         self.dense_projection = dense_projection
-        self.norm = group_norm(groups, 1e-6, "norm", policy)
+        self.norm = group_norm(groups, entry_epsilon, "norm", policy)
         if dense_projection:
             self.proj_in = dense(channels, "proj_in", policy)
             self.proj_out = dense(channels, "proj_out", policy, zero=True)
@@ -389,7 +400,7 @@ class SpatialTransformer(Block):
             self.proj_in = conv(channels, 1, "proj_in", policy)
             self.proj_out = conv(channels, 1, "proj_out", policy, zero=True)
         self.blocks = [
-            TransformerBlock(channels, heads, norm_epsilon, name=f"block_{i}", dtype=policy) for i in range(depth)
+            TransformerBlock(channels, heads, norm_epsilon, gelu, name=f"block_{i}", dtype=policy) for i in range(depth)
         ]
 
     def build(self, x_shape, context_shape):
@@ -549,7 +560,7 @@ class TextLayer(Block):
         width: D.
         heads: divides `width`.
         mlp_width: width between the two dense layers.
-        activation: "quick_gelu" (CLIP) or "gelu" (OpenCLIP).
+        activation: "quick_gelu" (CLIP), "gelu" (OpenCLIP) or "gelu_tanh" (KerasCV's OpenCLIP).
         norm_epsilon: epsilon of the norms.
 
     Raises:
@@ -595,4 +606,13 @@ def gelu(x):
     return ops.gelu(x, approximate=False)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+def gelu_tanh(x):
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, near x Phi(x).
+
+    Reference: Hendrycks and Gimpel 2016, sec. 2, arXiv:1606.08415.
+    """
+    return ops.gelu(x, approximate=True)
+
+
+GELUS = {"exact": gelu, "tanh": gelu_tanh}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}

@@ -21,7 +21,7 @@ class CLIPTextEncoder(keras.Model):
         depth: layers.
         heads: divides `width`.
         mlp_width: width between a layer's two dense layers.
-        activation: "quick_gelu" or "gelu".
+        activation: "quick_gelu", "gelu" or "gelu_tanh".
         norm_epsilon: epsilon of the norms.
         name, dtype: Keras' own.
 

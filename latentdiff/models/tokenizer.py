@@ -126,7 +126,7 @@ class CLIPTokenizer:
         from latentdiff.catalogue import resolve_preset
         from latentdiff.checkpoints.sources import open_source
 
-        return cls(**open_source(resolve_preset(preset)).tokenizer())
+        return cls(**open_source(resolve_preset(preset, ["tokenizer"])).tokenizer())
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike, *, context_length: int | None = None) -> "CLIPTokenizer":

@@ -39,6 +39,8 @@ class UNet(keras.Model):
         dense_projection: transformers project with dense layers (SD 2.x) and not 1 x 1 convolutions (SD 1.x).
         groups: groups of the norms.
         norm_epsilon: epsilon of the residual blocks' norms.
+        entry_epsilon: epsilon of the norms at the transformers' entries; 1e-5 in KerasCV.
+        gelu: of the transformers' gated MLPs, "exact", or "tanh" as in KerasCV.
         flip_sin_to_cos, freq_shift: see `timestep_embedding`.
         mid_attention: whether the middle attends to the context.
         name, dtype: Keras' own; dtype is a policy, "float32", "bfloat16" (weights held so too), "mixed_bfloat16" ...
@@ -48,7 +50,7 @@ class UNet(keras.Model):
         context (B, S, context_dim) -> (B, h, w, out_channels).
 
     Raises:
-        ValueError: tuples of different lengths; groups or heads that do not divide the channels.
+        ValueError: tuples of different lengths; groups or heads that do not divide the channels; unknown `gelu`.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class UNet(keras.Model):
         dense_projection: bool = False,
         groups: int = 32,
         norm_epsilon: float = 1e-5,
+        entry_epsilon: float = 1e-6,
+        gelu: str = "exact",
         flip_sin_to_cos: bool = True,
         freq_shift: float = 0,
         mid_attention: bool = True,
@@ -81,7 +85,15 @@ class UNet(keras.Model):
 
         def attend(x, level, name):
             return SpatialTransformer(
-                channels[level], heads[level], depths[level], groups, dense_projection, name=name, dtype=dtype
+                channels[level],
+                heads[level],
+                depths[level],
+                groups,
+                dense_projection,
+                entry_epsilon=entry_epsilon,
+                gelu=gelu,
+                name=name,
+                dtype=dtype,
             )(x, context)
 
         latent = keras.Input((None, None, in_channels), name="latent", dtype="float32")
@@ -133,6 +145,8 @@ class UNet(keras.Model):
             "dense_projection": dense_projection,
             "groups": groups,
             "norm_epsilon": norm_epsilon,
+            "entry_epsilon": entry_epsilon,
+            "gelu": gelu,
             "flip_sin_to_cos": flip_sin_to_cos,
             "freq_shift": freq_shift,
             "mid_attention": mid_attention,
