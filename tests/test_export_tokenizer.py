@@ -275,7 +275,7 @@ def texts(alphabet):
     return st.lists(st.sampled_from(alphabet), max_size=30).map("".join)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.one_of(list(map(texts, ALPHABETS.values()))), min_size=1, max_size=8))
 def test_any_batch_has_the_same_tokens(pairs, prompts):
     for name in ("emoji", "sd2"):

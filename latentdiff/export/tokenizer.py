@@ -88,7 +88,7 @@ class GraphTokenizer(tf.Module):
     def _checked(self, prompts: tf.Tensor) -> tf.Tensor:
         prompts = tf.convert_to_tensor(prompts, tf.string)
         # a static rank is a promise that a server's request need not keep: it must not make the check a constant
-        unknown = tf.raw_ops.PlaceholderWithDefault(input=prompts, shape=tf.TensorShape(None))
+        unknown = tf.compat.v1.placeholder_with_default(prompts, shape=None)
         rank = tf.rank(unknown)
         rank_check = tf.debugging.Assert(tf.equal(rank, 1), ["prompts must have the shape (B,); their rank is", rank])
         longest = tf.reduce_max(tf.concat([[0], tf.reshape(tf.strings.length(unknown), [-1])], axis=0))

@@ -8,7 +8,7 @@ All prompts of a batch are one sequence, in which marks that no text holds separ
 import numpy as np
 import tensorflow as tf
 
-from latentdiff.export.tokenizer_tables import CodeTable, PairTable, repeats, selected
+from latentdiff.export.tokenizer_tables import CodeTable, PairTable, repeats, selected, stored
 from latentdiff.export.tokenizer_unicode import CODES, UnicodeTables
 
 __all__ = ["Normalizer"]
@@ -37,7 +37,7 @@ class Normalizer(tf.Module):
             places[code] = len(parts) << 3 | len(decomposition)
             parts += decomposition
         self._decomposition = CodeTable(places, 0, name="decomposition")
-        self._parts = tf.Variable(np.array(parts, "int32"), trainable=False, name="decomposition_parts")
+        self._parts = stored(np.array(parts, "int32"), "decomposition_parts")
         self._composed = PairTable(tables.composed, -1, name="composed")
         # as differences, so that pages without a capital letter are alike
         self._lower = CodeTable(tables.lower[:, 0] - np.arange(CODES), 0, name="lower")
@@ -88,7 +88,7 @@ class Normalizer(tf.Module):
             composite = self._composed(tf.cast(left, tf.int64) * 2**32 + tf.cast(right, tf.int64))
             free = (blocked_by == 0) | (blocked_by < combining)
             joins = live & free & (composite >= 0)
-            stays = live & ~joins
+            stays = live & tf.logical_not(joins)
             codes = tf.tensor_scatter_nd_update(codes, selected(starter, joins)[:, None], selected(composite, joins))
             gone = selected(at, joins)[:, None]
             kept = tf.tensor_scatter_nd_update(kept, gone, tf.zeros_like(gone[:, 0], tf.bool))

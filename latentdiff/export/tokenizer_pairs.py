@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from latentdiff.export.tokenizer_tables import PairTable, repeats, selected
+from latentdiff.export.tokenizer_tables import PairTable, repeats, selected, stored
 from latentdiff.export.tokenizer_unicode import CODES, MARKS, byte_characters
 
 __all__ = ["BytePairs"]
@@ -44,14 +44,14 @@ class BytePairs(tf.Module):
         ranks = {(vocabulary[left], vocabulary[right]): rank << 32 for rank, (left, right) in enumerate(merges)}
         self._ranks = PairTable(ranks, _NO_RANK, dtype="int64", name="merge_ranks")
         merged = [vocabulary[left + right] for left, right in merges]
-        self._merged = tf.Variable(np.array(merged, "int64"), trainable=False, name="merged")
+        self._merged = stored(np.array(merged, "int64"), "merged")
 
         first_tokens = np.full(2 * 256 + MARKS, unknown_id, "int32")  # of bytes, of bytes that end words, of marks
         for byte, character in byte_characters().items():
             first_tokens[byte] = vocabulary.get(character, unknown_id)
             first_tokens[256 + byte] = vocabulary.get(character + "</w>", unknown_id)
         first_tokens[512 : 512 + len(added_ids)] = added_ids
-        self._first_tokens = tf.Variable(first_tokens, trainable=False, name="first_tokens")
+        self._first_tokens = stored(first_tokens, "first_tokens")
 
     def __call__(self, codes: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The tokens of words.
@@ -107,8 +107,8 @@ class BytePairs(tf.Module):
 
 def _bytes(codes: tf.Tensor, word: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """UTF-8's bytes, plus 256 where they end words, and 512 plus its number for a mark; and their words."""
-    is_mark = codes >= CODES
-    lengths = 1 + sum(tf.cast((codes >= least) & ~is_mark, tf.int32) for least in (0x80, 0x800, 0x10000))
+    lengths = tf.reduce_sum(tf.cast(codes[:, None] >= [0, 0x80, 0x800, 0x10000], tf.int32), axis=1)
+    lengths = tf.where(codes >= CODES, 1, lengths)
     source, within = repeats(lengths)
     ends = tf.concat([word[1:] != word[:-1], [True]], axis=0)[: tf.size(word)]
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from latentdiff.export.tokenizer_unicode import MARKS
 
-__all__ = ["CodeTable", "PairTable", "repeats", "selected", "shifted"]
+__all__ = ["CodeTable", "PairTable", "repeats", "selected", "shifted", "stored"]
 
 _PAGE = 256
 
@@ -25,12 +25,12 @@ class CodeTable(tf.Module):
         pages = {}  # content -> number
         page_of = [pages.setdefault(page.tobytes(), len(pages)) for page in values.reshape(-1, _PAGE)]
         contents = np.frombuffer(b"".join(pages), "int32")
-        self.pages = tf.Variable(contents, trainable=False, name=f"{name}_pages")
-        self.page_of = tf.Variable(np.array(page_of, "int32"), trainable=False, name=f"{name}_page_of")
+        self.pages = stored(contents, f"{name}_pages")
+        self.page_of = stored(np.array(page_of, "int32"), f"{name}_page_of")
 
     def __call__(self, codes: tf.Tensor) -> tf.Tensor:
         """int32 of the codes' shape."""
-        return tf.gather(self.pages, tf.gather(self.page_of, codes // _PAGE) * _PAGE + codes % _PAGE)
+        return tf.gather(self.pages, tf.gather(self.page_of, codes // _PAGE) * _PAGE + (codes & (_PAGE - 1)))
 
 
 class PairTable(tf.Module):
@@ -49,13 +49,18 @@ class PairTable(tf.Module):
         pairs = np.array([*sorted(values), (2**31 - 1, 2**31 - 1)], "int64")
         numbers = np.array([*(values[pair] for pair in sorted(values)), missing], dtype)
         self.missing = missing
-        self.keys = tf.Variable(pairs[:, 0] << 32 | pairs[:, 1], trainable=False, name=f"{name}_keys")
-        self.numbers = tf.Variable(numbers, trainable=False, name=f"{name}_numbers")
+        self.keys = stored(pairs[:, 0] << 32 | pairs[:, 1], f"{name}_keys")
+        self.numbers = stored(numbers, f"{name}_numbers")
 
     def __call__(self, pairs: tf.Tensor) -> tf.Tensor:
         """The numbers (N,) of int64 (N,) pairs, each left * 2**32 + right."""
         at = tf.raw_ops.LowerBound(sorted_inputs=self.keys[None, :], values=pairs[None, :])[0]
         return tf.where(tf.gather(self.keys, at) == pairs, tf.gather(self.numbers, at), self.missing)
+
+
+def stored(values: np.ndarray, name: str) -> tf.Variable:
+    """Numbers that a SavedModel stores once, for all of its signatures."""
+    return tf.Variable(tf.constant(values), trainable=False, name=name)
 
 
 def selected(values: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:

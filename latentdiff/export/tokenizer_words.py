@@ -88,7 +88,7 @@ def word_starts(codes: tf.Tensor, kind: tf.Tensor) -> tf.Tensor:
     two = quotes & tf.reduce_any(tf.reduce_all(fits, axis=2), axis=1)
     taken = shifted(one | two, -1, False) | shifted(two, -2, False)
     follows = shifted(one, -2, False) | shifted(two, -3, False)
-    return (starts & ~taken) | (follows & (kind == LETTER))
+    return (starts & tf.logical_not(taken)) | (follows & (kind == LETTER))
 
 
 def _literal_ends(codes: tf.Tensor, kind: tf.Tensor) -> tf.Tensor:
@@ -97,7 +97,7 @@ def _literal_ends(codes: tf.Tensor, kind: tf.Tensor) -> tf.Tensor:
     behind = at + tf.gather(np.array([len(each) for each in _LITERALS], "int32"), which)
     # in a chain of literals without anything between, the first one decides
     follows = tf.concat([[-1], behind], axis=0)[:-1] == at
-    chain = tf.cumsum(tf.cast(~follows, tf.int32))
+    chain = tf.cumsum(tf.cast(tf.logical_not(follows), tf.int32))
     free = tf.gather(shifted(kind, -1, SPACE), at) != OTHER
     chain_free = tf.math.unsorted_segment_max(tf.cast(free, tf.int32), chain, tf.size(at) + 1)
     behind = selected(behind, tf.gather(chain_free, chain) > 0)
