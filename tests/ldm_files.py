@@ -27,6 +27,8 @@ UNET = {
     "dense_projection": False,
     "groups": 32,
     "norm_epsilon": 1e-5,
+    "entry_epsilon": 1e-6,
+    "gelu": "exact",
     "flip_sin_to_cos": True,
     "freq_shift": 0.0,
     "mid_attention": True,

@@ -63,6 +63,8 @@ def unet_config(shapes: Shapes, source: str) -> dict[str, Any]:
         "dense_projection": dense,
         "groups": GROUPS,
         "norm_epsilon": 1e-5,
+        "entry_epsilon": 1e-6,
+        "gelu": "exact",
         "flip_sin_to_cos": True,
         "freq_shift": 0.0,
         "mid_attention": True,
