@@ -132,7 +132,7 @@ class _Reader:
             raise self._error(f"`{attribute}` in `{group.name}` must lie within it. Received: {count} strings")
         if string.length is None:
             address = h5py.h5o.get_info(group.id).addr
-            names = variable_strings(memoryview(self.content), address, attribute, count)
+            names = variable_strings(self.content.data, address, attribute, count)
         else:
             names = [bytes(name).decode("utf-8") for name in group.attrs[attribute]]
         if len(set(names)) < len(names):
