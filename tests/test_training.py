@@ -158,7 +158,8 @@ def toy_training(seed=0, run_eagerly=True):
     keras.utils.set_random_seed(seed)
     diffusion = GaussianDiffusion(scaled_linear_schedule())
     model = DiffusionTraining(*toy_networks(), diffusion, EMPTY, seed=seed)
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=JIT, run_eagerly=run_eagerly)
+    jit_compile = JIT and not run_eagerly
+    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=jit_compile, run_eagerly=run_eagerly)
     return model
 
 
