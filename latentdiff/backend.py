@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -67,6 +67,72 @@ class Compiled:
         return lambda *arrays: pure([variable.value for variable in variables], *arrays)
 
 
+def replica() -> tuple[Any, int]:
+    """(index, how many) of the replica that this runs on: (0, 1) but within a strategy of `tf.distribute`.
+
+    JAX's devices share one program and one batch, so that there is one replica.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            return context.replica_id_in_sync_group, context.num_replicas_in_sync
+    return 0, 1
+
+
+def gradients(function: Callable[[Any], Any], x: Any) -> Any:
+    """d function(x) / dx of a function that gives a scalar, for use within a step that is differentiated itself."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.grad(function)(x)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = function(x)
+    return tape.gradient(y, x)
+
+
+class FinishedStep:
+    """A training step that was done, whose variables may be read and assigned before `result` is given to Keras.
+
+    TensorFlow's variables hold what the step left. JAX's step takes and gives a state, (trainable, non-trainable,
+    optimizer's, metrics') values: within `with`, the variables stand for those.
+
+    Args:
+        model: whose step it was.
+        given: what the model's `train_step` gave.
+    """
+
+    def __init__(self, model: keras.Model, given: Any):
+        self.result = given
+        self._model, self._scope = model, None
+        if keras.backend.backend() == "jax":
+            trainable, other, optimizer, _ = given[1]
+            self._scope = keras.StatelessScope(
+                state_mapping=[
+                    *zip(model.trainable_variables, trainable, strict=True),
+                    *zip(model.non_trainable_variables, other, strict=True),
+                    *zip(model.optimizer.variables, optimizer, strict=True),
+                ]
+            )
+
+    def __enter__(self) -> FinishedStep:
+        if self._scope:
+            self._scope.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._scope is None:
+            return
+        self._scope.__exit__(*error)
+        logs, (trainable, _, optimizer, metrics) = self.result
+        other = [self._scope.get_current_value(variable) for variable in self._model.non_trainable_variables]
+        self.result = logs, (trainable, other, optimizer, metrics)
+
+
 @functools.cache
 def has_gpu() -> bool:
     """Whether the backend computes on a GPU."""
@@ -100,6 +166,62 @@ def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
         array = ops.cast(array, dtype)
     # `convert_to_numpy` of a variable makes NumPy 2 warn; a variable is an array already.
     return np.asarray(array if isinstance(array, keras.Variable) else ops.convert_to_numpy(array))
+
+
+def values_of(variables: Sequence[Any]) -> Iterator[Any]:
+    """The variables' values, whole on every process; with JAX on several hosts all of them must ask."""
+    for variable in variables:
+        if keras.backend.backend() == "jax":
+            from jax.experimental import multihost_utils
+
+            value = variable.value if isinstance(variable, keras.Variable) else variable
+            if not (value.is_fully_addressable or value.is_fully_replicated):
+                variable = multihost_utils.process_allgather(value, tiled=True)
+        yield variable
+
+
+def is_first_process() -> bool:
+    """Whether this process writes a run's files: the only one, or the first of JAX's."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index() == 0
+    return True
+
+
+def sync_state(model: keras.Model) -> None:
+    """Puts into a model's variables what `fit` holds elsewhere on JAX, so that a callback may read and assign them."""
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class EventWriter:
+    """Writes numbers as TensorBoard's events; `tensorboard` is needed to look at them, not to write them.
+
+    Args:
+        directory: where the events' files are.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        import tensorflow as tf
+
+        with tf.device("CPU"):
+            self._writer = tf.summary.create_file_writer(str(directory))
+        plugin = tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
+        self._metadata = tf.compat.v1.SummaryMetadata(plugin_data=plugin)
+
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        """Each number under its name, at a step."""
+        import tensorflow as tf
+
+        with self._writer.as_default():
+            for name, number in numbers.items():
+                tf.summary.write(name, tf.constant(number, tf.float32), step=step, metadata=self._metadata)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._writer.close()
 
 
 def keep_freed_memory() -> bool:

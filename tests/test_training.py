@@ -1,18 +1,16 @@
-"""Training: the losses against NumPy, a few steps on toys, and a run that goes on after it was killed."""
+"""Training: the losses against NumPy, and a few steps on toys."""
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 from tiny_models import make, numbers, to_numpy
+from toy_training import EMPTY, JIT, toy_batches, toy_networks, toy_training
 
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.diffusion.schedule import scaled_linear_schedule
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.training import AutoencoderTraining, Checkpoint, DiffusionTraining
-
-EMPTY = np.array([9, 9, 9], "int32")
-JIT = keras.backend.backend() == "jax"  # compiling takes longer than the toys' steps, but for JAX's operations
+from latentdiff.training import AutoencoderTraining, DiffusionTraining
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def step_told(caption_dropout=0.0, training=True, prediction="eps", loss_weight=
     model = DiffusionTraining(told.unet, told.text_encoder, diffusion, EMPTY, caption_dropout, loss_weight, seed=1)
     latent = numbers(batch, 2, 3, 4)
     tokens = np.tile(np.array([[1, 2, 3]], "int32"), (batch, 1))
-    loss = model.call({"latent": latent, "tokens": ops.convert_to_tensor(tokens)}, training=training)
+    loss = model.call({"latent": latent, "tokens": ops.convert_to_tensor(tokens)}, training=training)["loss"]
     return told, latent, tokens, to_numpy(loss)
 
 
@@ -140,42 +138,9 @@ def test_bad_caption_dropout_is_told(share):
         step_told(share)
 
 
-def toy_networks():
-    """A UNet and a text encoder of a few dense layers, which train in no time."""
-    latent = keras.Input((2, 2, 4), name="latent")
-    timestep = keras.Input((), name="timestep")
-    context = keras.Input((3, 5), name="context")
-    tokens = keras.Input((3,), dtype="int32", name="tokens")
-    condition = ops.concatenate([ops.mean(context, axis=1), timestep[:, None] / 1000], axis=-1)
-    condition = keras.layers.Dense(8, "relu")(condition)
-    x = keras.layers.Dense(8)(latent) + condition[:, None, None, :]
-    x = keras.layers.Dense(4, kernel_initializer="zeros")(ops.silu(x))
-    unet = keras.Model({"latent": latent, "timestep": timestep, "context": context}, x, name="toy_unet")
-    return unet, keras.Model(tokens, keras.layers.Embedding(10, 5)(tokens), name="toy_text_encoder")
-
-
-def toy_training(seed=0, run_eagerly=True):
-    keras.utils.set_random_seed(seed)
-    diffusion = GaussianDiffusion(scaled_linear_schedule())
-    model = DiffusionTraining(*toy_networks(), diffusion, EMPTY, seed=seed)
-    jit_compile = JIT and not run_eagerly
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=jit_compile, run_eagerly=run_eagerly)
-    return model
-
-
-def toy_batches(count):
-    tokens = np.random.default_rng(0).integers(0, 9, (8 * count, 3)).astype("int32")
-    return {"latent": numbers(8 * count, 2, 2, 4), "tokens": tokens}
-
-
-def fit(model, count, *callbacks, epochs=1):
-    return model.fit(
-        toy_batches(count), batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks)
-    ).history["loss"]
-
-
 def test_diffusion_learns():
-    losses = fit(toy_training(run_eagerly=False), 8, epochs=10)
+    model = toy_training(run_eagerly=False)
+    losses = model.fit(toy_batches(8), batch_size=8, epochs=10, shuffle=False, verbose=0).history["loss"]
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
     assert 0.8 < losses[0] < 1.2  # noise of unit variance, of which nothing is known yet
 
@@ -186,42 +151,3 @@ def test_frozen_text_encoder_is_not_trained():
     diffusion = GaussianDiffusion(scaled_linear_schedule())
     model = DiffusionTraining(unet, text_encoder, diffusion, EMPTY)
     assert {id(v) for v in model.trainable_variables} == {id(v) for v in unet.trainable_variables}
-
-
-def state(model):
-    return [to_numpy(variable) for variable in (*model.variables, *model.optimizer.variables)]
-
-
-def test_checkpoint_keeps_the_whole_state(tmp_path):
-    model, again = toy_training(seed=0), toy_training(seed=7)
-    fit(model, 4, Checkpoint(tmp_path / "run" / "state.npz", every=100))
-    assert Checkpoint(tmp_path / "run" / "state.npz", every=100).restore(again) == 4
-    for mine, theirs in zip(state(again), state(model), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.npz"]
-    # From there on both are one run: the same timesteps, noise and updates.
-    np.testing.assert_allclose(fit(again, 2), fit(model, 2), rtol=1e-6)
-
-
-def test_checkpoint_is_written_every_so_many_steps(tmp_path, monkeypatch):
-    steps = []
-    monkeypatch.setattr(Checkpoint, "save", lambda self: steps.append(int(self.model.optimizer.iterations)))
-    fit(toy_training(), 5, Checkpoint(tmp_path / "state.npz", every=2))
-    assert steps == [2, 4, 5]
-
-
-def test_run_without_a_checkpoint_begins_at_zero(tmp_path):
-    assert Checkpoint(tmp_path / "state.npz", every=1).restore(toy_training()) == 0
-
-
-def test_another_models_checkpoint_is_refused(tmp_path, autoencoder):
-    checkpoint = Checkpoint(tmp_path / "state.npz", every=1)
-    other = AutoencoderTraining(autoencoder)
-    other.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=False)
-    model = toy_training()
-    fit(model, 1, checkpoint)
-    before = state(model)
-    with pytest.raises(ValueError, match="A checkpoint must hold the variables of this run"):
-        checkpoint.restore(other)
-    for mine, theirs in zip(state(model), before, strict=True):
-        np.testing.assert_array_equal(mine, theirs)

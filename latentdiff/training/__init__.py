@@ -5,7 +5,18 @@ and `fit` are the ordinary ones; the weights stay in the networks, to be saved f
 """
 
 from latentdiff.training.autoencoder import AutoencoderTraining
-from latentdiff.training.checkpoint import Checkpoint, KeepFreedMemory
 from latentdiff.training.diffusion import DiffusionTraining
+from latentdiff.training.discriminator import PatchDiscriminator
+from latentdiff.training.muon import KernelMuon
+from latentdiff.training.run import Run
+from latentdiff.training.schedules import PerUpdate, WarmupStableDecay
 
-__all__ = ["AutoencoderTraining", "Checkpoint", "DiffusionTraining", "KeepFreedMemory"]
+__all__ = [
+    "AutoencoderTraining",
+    "DiffusionTraining",
+    "KernelMuon",
+    "PatchDiscriminator",
+    "PerUpdate",
+    "Run",
+    "WarmupStableDecay",
+]

@@ -2,7 +2,7 @@
 
 usage: python scripts/emoji/train_autoencoder.py [--data data/emoji] [--output runs/emoji] [--steps 3000]
 Nine tenths of the steps see random crops of half the size, which cost a quarter each, the rest whole pictures.
-Goes on from OUTPUT/autoencoder.npz where that exists; writes OUTPUT/autoencoder, a diffusers directory, at the end.
+The run is kept in OUTPUT/autoencoder_run and goes on from there; writes OUTPUT/autoencoder, a diffusers directory.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from latentdiff.backend import to_numpy
 from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.presets import named_variables
-from latentdiff.training import AutoencoderTraining, Checkpoint, KeepFreedMemory
+from latentdiff.training import AutoencoderTraining, Run
 
 CONFIG = {"channels": (16, 32, 96, 128), "blocks_per_level": 1, "groups": 8}
 
@@ -65,15 +65,15 @@ def main(data: pathlib.Path, output: pathlib.Path, steps: int, batch_size: int, 
     rate = keras.optimizers.schedules.CosineDecay(0.0, steps, 0.01, warmup_target=learning_rate, warmup_steps=200)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=1e-4, beta_2=0.99, clipnorm=1.0)
     model.compile(optimizer=optimizer, jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
-    model.build((batch_size, 128, 128, 3))
-    checkpoint = Checkpoint(output / "autoencoder.npz", every=100)
-    first_step = checkpoint.restore(model)
+    config = {"model": CONFIG, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    run = Run(output / "autoencoder_run", config, steps, checkpoint_every=100)
+    first_step = run.resume(model)
     held = images[validation].astype("float32") / 127.5 - 1
     cropped = steps * 9 // 10
     for size, first, last in ((64, first_step, cropped), (128, max(first_step, cropped), steps)):
         if first < last:
             batches = Images(images, train, batch_size, size, first, last)
-            model.fit(batches, callbacks=[checkpoint, KeepFreedMemory()], shuffle=False)
+            model.fit(batches, callbacks=[run], shuffle=False)
     print("validation:", model.evaluate(held, batch_size=16, verbose=0, return_dict=True))
     arrays = {path: to_numpy(variable) for path, variable in named_variables(autoencoder)}
     write_component(output / "autoencoder", "autoencoder", autoencoder.config, arrays, overwrite=True)

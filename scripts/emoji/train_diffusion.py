@@ -1,9 +1,9 @@
 """Trains the emoji model's UNet and text encoder on the autoencoder's latents, with `fit`; writes the model directory.
 
 usage: python scripts/emoji/train_diffusion.py [--data data/emoji] [--output runs/emoji] [--preset runs/emoji/model]
-Goes on from OUTPUT/diffusion.npz where that exists; `--start weights/emoji` begins with the weights of a model, its
-autoencoder included, and not with random ones. Otherwise the autoencoder is OUTPUT/autoencoder. Its latents are made
-once and kept in OUTPUT/latents.npz, together with the digest of the weights and the pictures that they were made from.
+The run is kept in OUTPUT/diffusion_run and goes on from there; `--start weights/emoji` begins with the weights of a
+model, its autoencoder included, and not with random ones. Otherwise the autoencoder is OUTPUT/autoencoder. Its latents
+are made once and kept in OUTPUT/latents.npz, with the digest of the weights and pictures that they were made from.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import pathlib
 import keras
 import numpy as np
 from captions import training_caption
-from muon import KernelMuon, WarmupStableDecay
 from records import Record, read_index
 
 from latentdiff import presets
@@ -25,7 +24,7 @@ from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.models.unet import UNet
-from latentdiff.training import Checkpoint, DiffusionTraining, KeepFreedMemory
+from latentdiff.training import DiffusionTraining, KernelMuon, Run, WarmupStableDecay
 
 CONTEXT_LENGTH = 32
 TEXT_ENCODER = {"width": 192, "depth": 4, "heads": 4, "mlp_width": 768}
@@ -136,17 +135,22 @@ def main(
     decays = {"weight_decay": 1e-2, "adam_weight_decay": 1e-2}
     optimizer = KernelMuon(rate, **decays, adam_beta_2=0.99, adam_lr_ratio=0.8)
     model.compile(optimizer=optimizer, jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
-    model.build({"latent": (batch_size, *latents.shape[1:]), "tokens": (batch_size, CONTEXT_LENGTH)})
-    checkpoint = Checkpoint(output / "diffusion.npz", every=200)
-    first_step = checkpoint.restore(model)
+    size = latents.shape[1:3]
+    parts = presets.Parts(tokenizer, text_encoder, unet, autoencoder, SETTINGS, (int(size[0]), int(size[1])))
+    config = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "decay": decay}
+    run = Run(output / "diffusion_run", config, steps, checkpoint_every=200, save=lambda path: save(parts, path))
+    first_step = run.resume(model)
     shares = shares_of([records[i] for i in train])
     print(f"{unet.count_params():,} + {text_encoder.count_params():,} + {autoencoder.count_params():,} parameters")
     if first_step < steps:
         batches = CaptionedLatents(latents, tokens, train, shares, batch_size, first_step, steps)
-        model.fit(batches, callbacks=[checkpoint, KeepFreedMemory()], shuffle=False)
-    size = latents.shape[1:3]
-    parts = presets.Parts(tokenizer, text_encoder, unet, autoencoder, SETTINGS, (int(size[0]), int(size[1])))
-    presets.save_pipeline(parts, preset, dtype="float16", overwrite=True)
+        model.fit(batches, callbacks=[run], shuffle=False)
+    save(parts, preset)
+
+
+def save(parts: presets.Parts, path: pathlib.Path) -> None:
+    """Writes the model directory as it ships."""
+    presets.save_pipeline(parts, path, dtype="float16", overwrite=True)
 
 
 if __name__ == "__main__":

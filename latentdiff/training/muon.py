@@ -29,28 +29,3 @@ class KernelMuon(keras.optimizers.Muon):
     def lr_adjust(self, x):
         rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
         return x if self.rms_rate is None else x * math.sqrt(max(rows, columns)) * self.rms_rate
-
-
-class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """A warm-up, a plateau, and a straight way down over the last part: a run may be made longer until that begins.
-
-    Args:
-        learning_rate: the plateau's.
-        steps: of the whole run.
-        warmup: steps of the way up.
-        decay: share of the steps that the way down takes.
-
-    Reference: Hägele et al. 2024, arXiv:2405.18392.
-    """
-
-    def __init__(self, learning_rate: float, steps: int, warmup: int = 20, decay: float = 0.4):
-        self.learning_rate, self.steps, self.warmup, self.decay = learning_rate, steps, warmup, decay
-
-    def __call__(self, step):
-        step = ops.cast(step, "float32")
-        up = ops.minimum(1.0, (step + 1) / self.warmup)
-        down = ops.clip((self.steps - step) / (self.decay * self.steps), 0.0, 1.0)
-        return self.learning_rate * up * down
-
-    def get_config(self):
-        return {"learning_rate": self.learning_rate, "steps": self.steps, "warmup": self.warmup, "decay": self.decay}

@@ -1,0 +1,142 @@
+"""What every training shares: draws that resume and differ on each replica, an average of the weights, every loss.
+
+    average_n = d_n average_(n-1) + (1 - d_n) weights_n,    d_n = min(ema_decay, (1 + n) / (10 + n)),    n = 1, 2, ...
+
+n counts updates of the weights: several batches, where the optimizer accumulates their gradients.
+Reference: Ho et al. 2020, appendix B; the growing d_n is that of `LitEma` in the code of Rombach et al. 2022.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from latentdiff.backend import FinishedStep, replica, to_numpy
+
+HISTORY = 256  # batches whose losses a model remembers
+
+
+class TrainingModel(keras.Model):
+    """A Keras model over the networks that it trains; `compile` and `fit` are the ordinary ones.
+
+    A subclass gives `call` and `compute_loss`, which takes the loss of a batch through `finish_loss`.
+
+    Args:
+        ema_decay: of the weights' average, 0.9999 and the like; None keeps none.
+        seed: of everything that is drawn while training.
+
+    Attributes:
+        steps: batches trained on so far.
+        updates: of the weights so far.
+        averages: of each trainable weight, float32.
+    """
+
+    def __init__(self, ema_decay: float | None = None, seed: int = 0, name: str | None = None):
+        super().__init__(name=name)
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), or None. Received: ema_decay={ema_decay}.")
+        self.ema_decay = ema_decay
+        self.seeds = keras.random.SeedGenerator(seed)
+        self.steps: Any = None
+        self.updates: Any = None
+        self.batch_loss: Any = None
+        self.averages: list[Any] = []
+
+    def build(self, batch_shape=None):
+        """Makes the counters and the averages; the networks are built."""
+        first = {"trainable": False, "aggregation": "only_first_replica"}
+        whole = {**first, "dtype": "int32", "initializer": "zeros"}
+        self.steps = self.add_weight(shape=(), name="steps", **whole)
+        self.updates = self.add_weight(shape=(), name="updates", **whole)
+        shared = {"trainable": False, "dtype": "float32", "initializer": "zeros"}
+        self.batch_loss = self.add_weight(shape=(), name="batch_loss", aggregation="sum", **shared)
+        self.loss_history = self.add_weight(
+            shape=(HISTORY,), name="loss_history", aggregation="only_first_replica", **shared
+        )
+        if self.ema_decay is not None:
+            for variable in self.averaged_variables():
+                name = "average_of_" + variable.path.replace("/", ".")
+                average = self.add_weight(shape=variable.shape, name=name, dtype="float32", **first)
+                average.assign(variable)
+                self.averages.append(average)
+        self.built = True
+
+    def averaged_variables(self) -> list[Any]:
+        """What has an average: all that is trained, unless a subclass says otherwise."""
+        return self.trainable_variables
+
+    def normal(self, shape) -> Any:
+        """Standard normal float32 of a batch's shape, other numbers for each replica of the global batch."""
+        return self._draw(keras.random.normal, shape)
+
+    def uniform(self, shape) -> Any:
+        """Float32 in [0, 1), likewise."""
+        return self._draw(keras.random.uniform, shape)
+
+    def integers(self, shape, low: int, high: int) -> Any:
+        """int32 in low .. high - 1, likewise."""
+        return self._draw(lambda shape, seed: keras.random.randint(shape, low, high, seed=seed), shape)
+
+    def positions(self, count) -> Any:
+        """int32 (count,): the rows of the global batch that are here, 0, 1, ... where there is one replica."""
+        return ops.arange(count) + replica()[0] * count
+
+    def _draw(self, draw, shape):
+        index, replicas = replica()
+        if replicas == 1:
+            return draw(shape, seed=self.seeds)
+        everywhere = draw((shape[0] * replicas, *shape[1:]), seed=self.seeds)
+        return ops.take(everywhere, self.positions(shape[0]), axis=0)
+
+    def finish_loss(self, losses: Any) -> Any:
+        """The mean of losses (B,) as `compute_loss` must give it: the global batch's is the sum over replicas."""
+        loss = ops.mean(ops.cast(losses, "float32")) / replica()[1]
+        if self.batch_loss is not None:
+            self.batch_loss.assign(loss)
+        return loss
+
+    def train_step(self, *arguments):
+        """Keras' own, then the counters and the averages; JAX hands a state along, TensorFlow does not."""
+        with FinishedStep(self, super().train_step(*arguments)) as step:
+            self._count(self.optimizer)
+        return step.result
+
+    def _count(self, optimizer) -> None:
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+        steps, updates_before = ops.convert_to_tensor(self.steps), ops.convert_to_tensor(self.updates)
+        loss, history = ops.convert_to_tensor(self.batch_loss), ops.convert_to_tensor(self.loss_history)
+        self.loss_history.assign(ops.where(ops.arange(HISTORY) == steps % HISTORY, loss, history))
+        self.steps.assign(steps + 1)
+        updates = ops.cast(optimizer.iterations, "int32")  # Keras counts those, where it accumulates
+        n = ops.cast(updates, "float32")
+        decay = ops.minimum(self.ema_decay or 0.0, (1 + n) / (10 + n))
+        share = ops.where(updates > updates_before, 1 - decay, 0.0)
+        averaged = self.averaged_variables() if self.averages else []
+        for average, variable in zip(self.averages, averaged, strict=True):
+            average.assign(average + share * (ops.cast(variable, "float32") - average))
+        self.updates.assign(updates)
+
+    def last_losses(self, count: int) -> np.ndarray:
+        """The losses of the last `count` batches, at most HISTORY, oldest first: float32 (count,)."""
+        steps = int(self.steps)
+        count = min(count, steps, HISTORY)
+        return to_numpy(self.loss_history)[np.arange(steps - count, steps) % HISTORY]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the averages in the weights' place within a `with` block, and the weights back after it, exactly."""
+        if not self.averages:
+            yield
+            return
+        variables = self.averaged_variables()
+        kept = [to_numpy(variable).copy() for variable in variables]
+        for variable, average in zip(variables, self.averages, strict=True):
+            variable.assign(ops.cast(average, variable.dtype))
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, kept, strict=True):
+                variable.assign(value)
