@@ -180,13 +180,18 @@ def values_of(variables: Sequence[Any]) -> Iterator[Any]:
         yield variable
 
 
-def is_first_process() -> bool:
-    """Whether this process writes a run's files: the only one, or the first of JAX's."""
+def process() -> tuple[int, int]:
+    """(index, how many) of the process that this is: (0, 1) but with JAX on several hosts."""
     if keras.backend.backend() == "jax":
         import jax
 
-        return jax.process_index() == 0
-    return True
+        return jax.process_index(), jax.process_count()
+    return 0, 1
+
+
+def is_first_process() -> bool:
+    """Whether this process writes a run's files."""
+    return process()[0] == 0
 
 
 def sync_state(model: keras.Model) -> None:
