@@ -102,6 +102,28 @@ def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
     return np.asarray(array if isinstance(array, keras.Variable) else ops.convert_to_numpy(array))
 
 
+def gather_replicas(*arrays: Any) -> tuple:
+    """What every replica of a TensorFlow strategy has of some arrays, one below the other, with gradients to each.
+
+    Elsewhere there is one replica: on JAX with `keras.distribution` a program sees the whole batch as it is.
+
+    Args:
+        arrays: (B, ...), with the same B on every replica.
+
+    Returns:
+        Each array as (B', ...), the rows of all replicas; where this replica's rows begin; how many replicas there are.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        replica = tf.distribute.get_replica_context()  # None while Keras builds
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            gathered = [replica.all_gather(array, axis=0) for array in arrays]
+            first = replica.replica_id_in_sync_group * tf.shape(arrays[0])[0]
+            return (*gathered, first, replica.num_replicas_in_sync)
+    return (*arrays, 0, 1)
+
+
 def keep_freed_memory() -> bool:
     """Tells the C library to keep what tensors leave free, rather than to give it back to the system at once.
 

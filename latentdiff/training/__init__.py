@@ -6,6 +6,7 @@ and `fit` are the ordinary ones; the weights stay in the networks, to be saved f
 
 from latentdiff.training.autoencoder import AutoencoderTraining
 from latentdiff.training.checkpoint import Checkpoint, KeepFreedMemory
+from latentdiff.training.clip import CLIPTraining
 from latentdiff.training.diffusion import DiffusionTraining
 
-__all__ = ["AutoencoderTraining", "Checkpoint", "DiffusionTraining", "KeepFreedMemory"]
+__all__ = ["AutoencoderTraining", "CLIPTraining", "Checkpoint", "DiffusionTraining", "KeepFreedMemory"]
