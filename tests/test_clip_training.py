@@ -13,7 +13,7 @@ from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.presets import named_variables
 from latentdiff.training import Checkpoint, CLIPTraining
 
-JIT = keras.backend.backend() == "jax"  # compiling takes longer than the toys' steps, but for JAX's operations
+JIT = keras.backend.backend() == "jax"
 START, END, PAD = 10, 11, 0
 TEXT = {"vocabulary_size": 12, "context_length": 6, "width": 8, "depth": 1, "heads": 2, "mlp_width": 16}
 IMAGE = {
@@ -103,8 +103,9 @@ def test_temperature_begins_at_the_papers(tiny):
     np.testing.assert_allclose(to_numpy(tiny.logits(image, text)), expected, rtol=1e-4, atol=1e-4)
 
 
-def compiled(training, optimizer, **changes):
-    training.compile(optimizer=optimizer, jit_compile=JIT, **changes)
+def compiled(training, optimizer, run_eagerly=not JIT):
+    """Ready for a few steps, which on TensorFlow take less time than tracing them; on JAX it is the other way."""
+    training.compile(optimizer=optimizer, jit_compile=JIT, run_eagerly=run_eagerly)
     return training
 
 
@@ -161,7 +162,7 @@ def test_pair_learns_to_match():
     """Nine kinds in each batch: chance finds one in nine, log(9) = 2.2 is the loss of a pair that tells nothing."""
     keras.utils.set_random_seed(1)
     training = CLIPTraining(CLIPTextEncoder(**TEXT), CLIPImageEncoder(**IMAGE), END)
-    compiled(training, keras.optimizers.Adam(1e-2))
+    compiled(training, keras.optimizers.Adam(1e-2), run_eagerly=False)
     history = training.fit(
         pictures_and_captions(9 * 30),
         batch_size=9,

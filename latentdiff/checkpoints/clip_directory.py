@@ -8,7 +8,7 @@ Reference: Radford et al. 2021, arXiv:2103.00020, fig. 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from latentdiff.checkpoints.diffusers import FILE_DTYPES, Component, check_array
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.checkpoints.fields import Fields
 from latentdiff.checkpoints.files import CheckpointError, read_json, write_json
-from latentdiff.checkpoints.key_map import Entry, Weights, as_dtype, match
+from latentdiff.checkpoints.key_map import Entry, LazyArrays, Weights, as_dtype, dtype_of, match, shape_of
 from latentdiff.checkpoints.safetensors_files import WeightsOpener, open_weights
 from latentdiff.checkpoints.shards import parse_size
 from latentdiff.checkpoints.tokenizer_files import read_tokenizer
@@ -226,13 +226,34 @@ def write_pair(
     """
     check_pair(pair, dtype, max_shard_size)
     entries = sorted(key_map(pair.text.config, pair.image.config), key=lambda entry: entry.keys[0])
-    arrays = {f"text_encoder/{path}": pair.text.weights[path] for path in pair.text.weights}
-    arrays |= {f"image_encoder/{path}": pair.image.weights[path] for path in pair.image.weights}
-    arrays |= pair.weights
+    arrays = _Joined({"text_encoder/": pair.text.weights, "image_encoder/": pair.image.weights, "": pair.weights})
     check_arrays(entries, arrays)
     write_json(directory / "config.json", write_config(pair))
     write_json(directory / PREPROCESSOR_FILE, diffusers_image_encoder.write_preprocessor(pair.image.config))
     write_arrays(directory, STEM, entries, arrays, dtype, max_shard_size)
+
+
+class _Joined(LazyArrays):
+    """Several mappings as one, their paths behind a prefix each; an array is made when it is asked for."""
+
+    def __init__(self, parts: Mapping[str, Mapping[str, np.ndarray]]):
+        self._places = {prefix + path: (arrays, path) for prefix, arrays in parts.items() for path in arrays}
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        arrays, inner = self._places[path]
+        return arrays[inner]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        return shape_of(*self._places[path])
+
+    def dtype(self, path: str) -> np.dtype:
+        return dtype_of(*self._places[path])
 
 
 def _part(fields: Fields, name: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class CLIPTraining(keras.Model):
         name="clip_training",
     ):
         policy = text_encoder.get_layer("token_embedding").dtype_policy
-        super().__init__(name=name, dtype=policy)
+        super().__init__(name=name, dtype=policy, autocast=False)  # the image encoder's first layer is in float32
         vocabulary_size, embedding_dim = text_encoder.config["vocabulary_size"], image_encoder.config["projection_dim"]
         if projection_dim not in (None, embedding_dim):
             received = f"projection_dim={projection_dim}, {embedding_dim}"

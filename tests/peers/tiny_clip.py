@@ -38,8 +38,10 @@ def build(activation: str = "quick_gelu", end_id: int = END, vocabulary_size: in
         "hidden_act": activation,
     }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)).eval()
+    generator = torch.Generator().manual_seed(3)
+    for part in (model.text_model, model.vision_model, model.text_projection, model.visual_projection):
+        randomise(part, generator)
     with torch.no_grad():
-        randomise(model, torch.Generator().manual_seed(3))
         model.logit_scale.fill_(3.0)
     return model
 
