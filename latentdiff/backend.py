@@ -229,6 +229,27 @@ class EventWriter:
         self._writer.close()
 
 
+def gather_replicas(*arrays: Any) -> tuple:
+    """What every replica of a TensorFlow strategy has of some arrays, one below the other, with gradients to each.
+
+    Elsewhere there is one replica: on JAX with `keras.distribution` a program sees the whole batch as it is.
+
+    Args:
+        arrays: (B, ...), with the same B on every replica.
+
+    Returns:
+        Each array as (B', ...), the rows of all replicas; where this replica's rows begin; how many replicas there are.
+    """
+    index, replicas = replica()
+    if replicas > 1:
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        gathered = [context.all_gather(array, axis=0) for array in arrays]
+        return (*gathered, index * tf.shape(arrays[0])[0], replicas)
+    return (*arrays, 0, 1)
+
+
 def keep_freed_memory() -> bool:
     """Tells the C library to keep what tensors leave free, rather than to give it back to the system at once.
 

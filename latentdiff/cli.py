@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from latentdiff import __version__, commands
+from latentdiff import __version__, commands, commands_training
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
@@ -85,6 +85,7 @@ def _parser() -> _Parser:
     commands.add_convert(chosen)
     commands.add_info(chosen)
     commands.add_export(chosen)
+    commands_training.add_train(chosen)
 
     generate = chosen.add_parser(
         "generate",

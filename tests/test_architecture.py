@@ -36,6 +36,7 @@ MODEL_ARROWS = {
     "layers": set(),
     "tokenizer": set(),
     "text_encoder": {"layers"},
+    "image_encoder": {"layers"},
     "unet": {"layers"},
     "autoencoder": {"layers"},
 }

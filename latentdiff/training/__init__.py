@@ -5,6 +5,7 @@ and `fit` are the ordinary ones; the weights stay in the networks, to be saved f
 """
 
 from latentdiff.training.autoencoder import AutoencoderTraining
+from latentdiff.training.clip import CLIPTraining
 from latentdiff.training.diffusion import DiffusionTraining
 from latentdiff.training.discriminator import PatchDiscriminator
 from latentdiff.training.muon import KernelMuon
@@ -13,6 +14,7 @@ from latentdiff.training.schedules import PerUpdate, WarmupStableDecay
 
 __all__ = [
     "AutoencoderTraining",
+    "CLIPTraining",
     "DiffusionTraining",
     "KernelMuon",
     "PatchDiscriminator",

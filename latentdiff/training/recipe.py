@@ -17,7 +17,11 @@ import numpy as np
 from latentdiff.backend import process
 from latentdiff.data import CaptionedImages, Index, index_source, make_buckets
 from latentdiff.data.draws import uniform
-from latentdiff.training.config import (
+from latentdiff.training.muon import KernelMuon
+from latentdiff.training.run import Run
+from latentdiff.training.schedules import PerUpdate, WarmupStableDecay
+from latentdiff.training.step import TrainingModel
+from latentdiff.training_config import (
     AutoencoderConfig,
     CLIPConfig,
     Config,
@@ -25,10 +29,6 @@ from latentdiff.training.config import (
     PicturesConfig,
     as_json,
 )
-from latentdiff.training.muon import KernelMuon
-from latentdiff.training.run import Run
-from latentdiff.training.schedules import PerUpdate, WarmupStableDecay
-from latentdiff.training.step import TrainingModel
 
 
 @dataclass
@@ -145,8 +145,10 @@ def buckets_of(config: Config, factor: int) -> list[tuple[int, int]]:
     return make_buckets(config.size, factor, config.max_ratio) if config.max_ratio > 1 else [(config.size,) * 2]
 
 
-def image_batches(config: PicturesConfig, index: Index, buckets, tokenizer=None) -> Callable[[int, int], CaptionedImages]:
-    """The batches of an index's pictures, cropped and flipped as the configuration says; each process takes its part."""
+def image_batches(
+    config: PicturesConfig, index: Index, buckets, tokenizer=None
+) -> Callable[[int, int], CaptionedImages]:
+    """The batches of an index's pictures, cropped and flipped as is configured; each process takes its part."""
     shard, shards = process()
 
     def batches(first: int, last: int) -> CaptionedImages:
@@ -155,6 +157,7 @@ def image_batches(config: PicturesConfig, index: Index, buckets, tokenizer=None)
             config.batch_size,
             buckets=buckets,
             tokenizer=tokenizer,
+            captions=tokenizer is not None,
             seed=config.seed,
             crop=config.crop,
             zoom=config.zoom,
@@ -168,7 +171,9 @@ def image_batches(config: PicturesConfig, index: Index, buckets, tokenizer=None)
     return batches
 
 
-def validation_batches(config: PicturesConfig, index: Index, buckets, tokenizer=None) -> Callable[[], CaptionedImages] | None:
+def validation_batches(
+    config: PicturesConfig, index: Index, buckets, tokenizer=None
+) -> Callable[[], CaptionedImages] | None:
     """The pictures of the validation once, from their middle; None where they fill no batch."""
     if len(index) < config.batch_size:
         return None

@@ -11,9 +11,9 @@ from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.presets import named_variables
 from latentdiff.training.autoencoder import AutoencoderTraining
-from latentdiff.training.config import AutoencoderConfig
 from latentdiff.training.discriminator import PatchDiscriminator
 from latentdiff.training.recipe import Recipe, buckets_of, image_batches, in_policy, index_of, validation_batches
+from latentdiff.training_config import AutoencoderConfig
 
 SHOWN = 8  # pictures of a sample
 
@@ -61,6 +61,4 @@ def autoencoder_recipe(config: AutoencoderConfig) -> Recipe:
         pairs = np.concatenate([images, to_numpy(again(images), "float32")], axis=1)
         return np.round(127.5 * (np.clip(pairs, -1, 1) + 1)).astype("uint8")
 
-    return Recipe(
-        model, image_batches(config, index, buckets), validation_batches(config, held, buckets), save, sample
-    )
+    return Recipe(model, image_batches(config, index, buckets), validation_batches(config, held, buckets), save, sample)

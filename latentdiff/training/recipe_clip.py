@@ -8,8 +8,8 @@ from latentdiff.models.image_encoder import CLIPImageEncoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.training.clip import CLIPTraining
-from latentdiff.training.config import CLIPConfig
 from latentdiff.training.recipe import Recipe, buckets_of, image_batches, index_of, validation_batches
+from latentdiff.training_config import CLIPConfig
 
 
 def clip_recipe(config: CLIPConfig) -> Recipe:
@@ -39,9 +39,7 @@ def clip_recipe(config: CLIPConfig) -> Recipe:
             projection_dim=config.projection_dim,
             dtype=config.dtype,
         )
-        model = CLIPTraining(
-            text_encoder, image_encoder, tokenizer.end_id, ema_decay=ema_decay, seed=config.seed
-        )
+        model = CLIPTraining(text_encoder, image_encoder, tokenizer.end_id, ema_decay=ema_decay, seed=config.seed)
     buckets = buckets_of(config, model.image_encoder.config["patch_size"])
 
     def save(path: Path) -> None:

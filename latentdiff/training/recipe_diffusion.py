@@ -10,7 +10,6 @@ import numpy as np
 
 from latentdiff import presets
 from latentdiff.backend import process
-from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.data import Cache, CachedLatents, make_cache
 from latentdiff.diffusion.process import GaussianDiffusion
@@ -18,10 +17,10 @@ from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage
-from latentdiff.training.config import DiffusionConfig
 from latentdiff.training.diffusion import DiffusionTraining
 from latentdiff.training.recipe import Recipe, buckets_of, in_policy, index_of
 from latentdiff.training.recipe_clip import tokenizer_of
+from latentdiff.training_config import DiffusionConfig
 
 
 class WithPrior(keras.utils.PyDataset):

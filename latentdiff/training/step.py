@@ -35,7 +35,7 @@ class TrainingModel(keras.Model):
     """
 
     def __init__(self, ema_decay: float | None = None, seed: int = 0, name: str | None = None):
-        super().__init__(name=name)
+        super().__init__(name=name, dtype="float32")  # each network has its own
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), or None. Received: ema_decay={ema_decay}.")
         self.ema_decay = ema_decay
