@@ -7,7 +7,7 @@ from latentdiff.data.decode import BrokenPicture
 from latentdiff.data.examples import Broken, BrokenPicturesError, BrokenPicturesWarning, Example, Index
 from latentdiff.data.images import CaptionedImages, Plan
 from latentdiff.data.latents import CachedLatents
-from latentdiff.data.make_cache import make_cache
+from latentdiff.data.making import make_cache
 from latentdiff.data.records import write_array_record
 from latentdiff.data.sources import index_source, read_picture
 from latentdiff.data.steps import OrderWarning, Steps

@@ -126,8 +126,14 @@ class CaptionedImages(Steps):
         return self._batch(plan, [self._picture(plan, slot) for slot in range(len(plan.rows))])
 
     def on_epoch_end(self) -> None:
-        """Keras' own; lets go of the reading threads."""
-        self._stop()
+        """Keras' own; lets go of the reading threads at the end of the run."""
+        if self._next == len(self):  # an epoch of `steps_per_epoch` ends before
+            self.close()
+
+    def close(self) -> None:
+        """Lets go of the reading threads; the next batch that is asked for starts others."""
+        with self._lock:
+            self._stop()
 
     def _read(self, index: int, follows: bool) -> Batch:
         if self.threads < 1 or self.ahead < 1:
