@@ -86,6 +86,7 @@ def _parser() -> _Parser:
     commands.add_info(chosen)
     commands.add_export(chosen)
     commands_training.add_train(chosen)
+    commands_training.add_evaluate(chosen)
 
     generate = chosen.add_parser(
         "generate",

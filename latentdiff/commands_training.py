@@ -9,6 +9,8 @@ import typing
 from dataclasses import replace
 from pathlib import Path
 
+from latentdiff.catalogue import resolve_preset
+from latentdiff.checkpoints.sources import open_source
 from latentdiff.training_config import KINDS, field_types, read_config
 
 _TRAIN_EXAMPLES = """examples:
@@ -41,6 +43,60 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a bar; default: yes")
         for name, type_ in field_types(kind).items():
             add(f"--{name.replace('_', '-')}", **_option(type_))
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Adds `latentdiff evaluate MODEL --data SOURCE --output DIR`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="judge a model on captioned pictures",
+        description="Writes a report: how well pictures come back from their latents, the loss by t, whether a caption "
+        "gives its own picture, and a sheet of prompts.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_evaluate)
+    add = parser.add_argument
+    add("model", help="a model directory, or a shipped model's name")
+    add("--data", required=True, nargs="+", metavar="SOURCE", help="folders of captioned pictures, or shards")
+    add("--output", required=True, type=Path, metavar="DIR", help="of the report; new")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, rows of the sheet; default: the first captions")
+    add("--count", type=int, default=100, metavar="N", help="pictures that are judged; default: 100")
+    add("--size", type=int, metavar="N", help="of the pictures, in pixels; default: the model's own")
+    add("--num-steps", type=int, default=25, metavar="N", help="of the drawings; default: 25")
+    add("--guidance-scale", type=float, default=5.0, metavar="X", help="of the drawings; default: 5")
+    add("--seed", type=int, default=0, metavar="N", help="of the drawings; default: 0")
+    add("--batch-size", type=int, default=16, metavar="N", help="pictures at a time; default: 16")
+    add("--progress", action=argparse.BooleanOptionalAction, default=True, help="tell each part; default: yes")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    for name in ("count", "num_steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Received: {getattr(options, name)}.")
+    if options.output.exists() and any(options.output.iterdir()):
+        raise FileExistsError(f"A report's directory must be new. Received: {options.output}.")
+    prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
+    open_source(resolve_preset(options.model))
+
+    from latentdiff.cli import start_keras
+
+    start_keras()
+    from latentdiff.evaluation import evaluate
+
+    evaluate(
+        resolve_preset(options.model),
+        options.data,
+        options.output,
+        prompts=[prompt for prompt in prompts if prompt.strip()],
+        count=options.count,
+        size=options.size,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        progress=options.progress,
+    )
+    print(options.output / "report.md")
 
 
 def _option(type_) -> dict:
