@@ -47,6 +47,7 @@ class CaptionedImages(Steps):
         buckets: (H, W) of the sizes; each picture has the one of the nearest aspect ratio, and a batch one size. Those
             that fewer than B pictures have chosen are given up.
         tokenizer: prompts -> int32 (B, S); None leaves the captions text.
+        captions: whether batches have them; an autoencoder is trained without.
         seed: of the order, the crops, the flips and the choice among an example's captions.
         crop: "random", or "centre".
         zoom: at least 1: the picture is resized to cover so many times the size, and then cropped.
@@ -58,7 +59,7 @@ class CaptionedImages(Steps):
 
     Batches:
         "image": float32 (B, H, W, 3) in [-1, 1].
-        "tokens": int32 (B, S), with a tokenizer; else "text": str (B,).
+        "tokens": int32 (B, S), with a tokenizer; else "text": str (B,), which is not for `fit`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -71,6 +72,7 @@ class CaptionedImages(Steps):
         *,
         buckets: Sequence[tuple[int, int]],
         tokenizer: Callable[[list[str]], np.ndarray] | None = None,
+        captions: bool = True,
         seed: int = 0,
         crop: str = "random",
         zoom: float = 1.0,
@@ -90,7 +92,7 @@ class CaptionedImages(Steps):
         chosen = full_buckets(index.heights, index.widths, buckets, batch_size)
         order = Order(chosen, batch_size, seed)
         super().__init__(order, first_step=first_step, steps=steps, shard_index=shard_index, num_shards=num_shards)
-        self.index, self.tokenizer, self.seed = index, tokenizer, seed
+        self.index, self.tokenizer, self.captions, self.seed = index, tokenizer, captions, seed
         self.buckets = [(int(height), int(width)) for height, width in buckets]
         self.crop, self.zoom, self.flip, self.side_words = crop, zoom, flip, side_words
         self.threads, self.ahead = threads, ahead
@@ -173,6 +175,8 @@ class CaptionedImages(Steps):
 
     def _batch(self, plan: Plan, pictures: list[np.ndarray]) -> Batch:
         image = np.stack(pictures).astype("float32") / 127.5 - 1
+        if not self.captions:
+            return {"image": image}
         if self.tokenizer is None:
             return {"image": image, "text": np.array(plan.captions, object)}
         return {"image": image, "tokens": np.asarray(self.tokenizer(plan.captions), "int32")}
