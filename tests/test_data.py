@@ -16,6 +16,7 @@ from latentdiff.data import (
     BrokenPicturesWarning,
     index_source,
     read_picture,
+    sources,
     write_array_record,
 )
 from latentdiff.data.decode import check_picture, decode_crop
@@ -244,6 +245,25 @@ def test_shard_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.array_record"]
     with pytest.raises(ValueError, match="`path` must end in .array_record"):
         write_array_record(tmp_path / "a.tfrecord", [])
+
+
+def test_kept_sizes_spare_the_decoding_of_what_has_not_changed(tmp_path, monkeypatch):
+    folder, keep = write_folder(tmp_path / "set", 4), tmp_path / "index.jsonl"
+    tar = tar_of_txt(tmp_path / "more")
+    first = index_source([folder, tar], keep=keep)
+    read = []
+    monkeypatch.setattr(sources, "read_picture", lambda found: read.append(found.name) or read_picture(found))
+    assert list(index_source([folder, tar], keep=keep)) == list(first) and read == []
+    (folder / "001.png").write_bytes(encoded(pixels(50)))
+    (folder / "002.txt").write_text("another caption")
+    (folder / "003.png").unlink()
+    again = index_source([folder, tar], keep=keep)
+    assert read == ["001.png"] and again.digest == index_source([folder, tar]).digest != first.digest
+    read.clear()
+    for content in ("", "[]", '["latentdiff", 1]\n[1, 2', '["latentdiff", 1]\n3'):
+        keep.write_text(content)
+        assert index_source([folder, tar], keep=keep).digest == again.digest
+    assert len(read) == 4 * len(again)
 
 
 @given(st.data())

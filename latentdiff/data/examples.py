@@ -121,6 +121,7 @@ class Index(Sequence[Example]):
 def check_all(
     found: Iterable[Found],
     read: Callable[[Found], bytes],
+    known: Callable[[Found], tuple[int, int, str] | None] = lambda found: None,
     *,
     require_captions: bool = True,
     max_broken: float = 0.01,
@@ -135,6 +136,7 @@ def check_all(
     Args:
         found: what the source names.
         read: gives a picture's bytes.
+        known: height, width and digest of a picture that need not be decoded again; None of any other.
         require_captions: whether a picture without a caption is broken; otherwise its caption is "".
         max_broken: share in [0, 1].
         threads: that decode; None is one for each processor.
@@ -151,12 +153,10 @@ def check_all(
         if one.wrong or not captions:
             return Broken(one.name, one.wrong or "has no caption")
         try:
-            content = read(one)
-            height, width = check_picture(content)
+            measured = known(one) or _measure(read(one))
         except (BrokenPicture, OSError) as error:
             return Broken(one.name, str(error))
-        digest = hashlib.sha256(content).hexdigest()
-        return Example(one.name, one.file, one.offset, one.length, captions, height, width, digest)
+        return Example(one.name, one.file, one.offset, one.length, captions, *measured)
 
     examples, broken = [], []
     waiting = iter(found)
@@ -172,6 +172,11 @@ def check_all(
     if broken:
         warnings.warn(f"Left out {_report(broken, total)}", BrokenPicturesWarning, stacklevel=3)
     return Index(examples, broken)
+
+
+def _measure(content: bytes) -> tuple[int, int, str]:
+    height, width = check_picture(content)
+    return height, width, hashlib.sha256(content).hexdigest()
 
 
 def _report(broken: list[Broken], total: int) -> str:

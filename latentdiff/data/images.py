@@ -47,7 +47,7 @@ class CaptionedImages(Steps):
         buckets: (H, W) of the sizes; each picture has the one of the nearest aspect ratio, and a batch one size. Those
             that fewer than B pictures have chosen are given up.
         tokenizer: prompts -> int32 (B, S); None leaves the captions text.
-        captions: whether batches have them; False is for what trains on pictures alone.
+        captions: whether batches have them; an autoencoder is trained without.
         seed: of the order, the crops, the flips and the choice among an example's captions.
         crop: "random", or "centre".
         zoom: at least 1: the picture is resized to cover so many times the size, and then cropped.
@@ -59,7 +59,7 @@ class CaptionedImages(Steps):
 
     Batches:
         "image": float32 (B, H, W, 3) in [-1, 1].
-        "tokens": int32 (B, S), with a tokenizer; else "text": str (B,); neither without `captions`.
+        "tokens": int32 (B, S), with a tokenizer; else "text": str (B,), which is not for `fit`.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -8,6 +8,7 @@ from pathlib import Path
 from latentdiff.data import records
 from latentdiff.data.examples import Example, Found, Index, check_all
 from latentdiff.data.folders import find_in_folder
+from latentdiff.data.kept import KeptSizes
 from latentdiff.data.records import find_in_records, read_record
 from latentdiff.data.tars import find_in_tar
 
@@ -19,6 +20,7 @@ def index_source(
     *,
     require_captions: bool = True,
     max_broken: float = 0.01,
+    keep: Source | None = None,
     threads: int | None = None,
 ) -> Index:
     """The table of a data set, every picture of which has been decoded once.
@@ -28,6 +30,8 @@ def index_source(
             with `*`, or several of these, one after the other.
         require_captions: whether a picture without a caption is broken; otherwise its caption is "".
         max_broken: share of broken pictures above which this stops; see `check_all`.
+        keep: a file that keeps what was found out, so that the next call decodes only pictures whose files have another
+            size or time of change.
         threads: that decode; None is one for each processor.
 
     Raises:
@@ -38,7 +42,12 @@ def index_source(
     files = [file for each in sources for file in _files_of(each)]
     found = (one for file in files for one in _find(file))
     limits = {"require_captions": require_captions, "max_broken": max_broken, "threads": threads}
-    return check_all(found, read_picture, **limits)
+    if keep is None:
+        return check_all(found, read_picture, **limits)
+    kept = KeptSizes(keep)
+    index = check_all(found, read_picture, kept.get, **limits)
+    kept.write(index)
+    return index
 
 
 def read_picture(example: Example | Found) -> bytes:

@@ -68,7 +68,7 @@ class Steps(keras.utils.PyDataset):
             raise IndexError(f"`index` must be from 0 to {len(self) - 1}. Received: index={index}.")
         with self._lock:
             # Keras looks at the first two batches before it begins.
-            if index not in (0, 1, self._next) and not self._warned:
+            if index not in (0, 1, self._next - 1, self._next) and not self._warned:
                 self._warned = True
                 rule = "Steps are asked for out of their order, so this run is no function of its seed"
                 warnings.warn(f"{rule}. Call `fit` with shuffle=False.", OrderWarning, stacklevel=2)
