@@ -67,7 +67,7 @@ def export_networks(
     if format == "onnx":
         for name, network in networks.items():
             if 4 * network.count_params() > ONNX_BYTES:
-                rule = f'An ONNX file holds at most {ONNX_BYTES:,} bytes; format="openvino" has no such limit'
+                rule = f"An ONNX file holds at most {ONNX_BYTES:,} bytes"
                 raise ValueError(f"{rule}. Received: {name} with {network.count_params():,} parameters.")
         _teach_erfc()
     with replaced_directory(directory) as fresh, warnings.catch_warnings():
@@ -78,6 +78,8 @@ def export_networks(
             signature = [specs] if len(specs) > 1 else specs
             path = str(fresh / f"{name}{suffix}")
             network.export(path, format=format, input_signature=signature, verbose=False)
+            if format == "openvino":
+                _keep_first_output(path)
 
 
 def check_format(format: str) -> str:
@@ -96,6 +98,18 @@ def check_format(format: str) -> str:
     if missing:
         raise ImportError(f'format="{format}" needs {" and ".join(missing)}: pip install "latentdiff[{format}]".')
     return suffix
+
+
+def _keep_first_output(path: str) -> None:
+    """Leaves the network's own output alone: OpenVINO makes one of every end that TensorFlow's graph leaves loose."""
+    import openvino
+
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file is written over
+    model = core.read_model(path)
+    for result in model.get_results()[1:]:
+        model.remove_result(result)
+    openvino.serialize(model, path)
 
 
 def _teach_erfc() -> None:
