@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from latentdiff import __version__, commands, commands_training
 from latentdiff.arguments import number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
-from latentdiff.checkpoints.diffusers_scheduler import SAMPLER_CLASSES
+from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ _SHARED = (
     "height",
     "width",
     "dtype",
+    "ema",
+    "prediction",
 )
 
 _EXAMPLES = """examples:
@@ -116,13 +118,16 @@ def _parser() -> _Parser:
     add("--width", type=whole(1), help="in pixels; default: the model's own")
     add("--batch-size", type=whole(1), help="pictures made at a time; default: all")
     add("--dtype", choices=DTYPES, help="of the networks; default: chosen by the device")
+    add("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a single file; default: no")
+    add("--prediction", choices=tuple(PREDICTIONS.values()), help="what the UNet predicts, where no file says it")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show each step; default: yes")
     return parser
 
 
 def _generate(options: argparse.Namespace) -> None:
     prompts, settings = _settings(options)
-    open_source(resolve_preset(settings.preset))  # so that what cannot be opened is told at once
+    weights = {"ema": settings.ema, "prediction": settings.prediction}
+    open_source(resolve_preset(settings.preset), **weights)  # so that what cannot be opened is told at once
     total = len(prompts) * options.num_images
     seeds = range(settings.seed, settings.seed + total)
     outputs = _outputs(options.output, total)
@@ -136,7 +141,7 @@ def _generate(options: argparse.Namespace) -> None:
         _show_warning(
             f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
         )
-    pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype)
+    pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype, **weights)
     images = pipeline.generate(
         prompts,
         negative_prompt=settings.negative_prompt,
