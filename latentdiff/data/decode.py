@@ -60,7 +60,7 @@ def decode_crop(
     picture = _open(content)
     scale = _cover(size, _upright_size(picture), zoom)
     if scale < 0.5:  # a JPEG can be decoded at a half, a quarter or an eighth; twice the size is left for the filter
-        picture.draft(None, tuple(int(2 * scale * side) + 1 for side in picture.size))
+        picture.draft(None, (int(2 * scale * picture.width) + 1, int(2 * scale * picture.height) + 1))
     _load(picture)
     picture = _to_rgb(ImageOps.exif_transpose(picture))
     width, height = picture.size

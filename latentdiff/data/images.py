@@ -140,7 +140,8 @@ class CaptionedImages(Steps):
             return self.batch_at(self.first_step + index)
         if self._reader is None or not follows:
             self._start(index)
-        pictures = [next(self._reader) for _ in self._slots]
+        reader: Any = self._reader
+        pictures = [next(reader) for _ in self._slots]
         return self._batch(self._plan(self.first_step + index), pictures)
 
     def _start(self, index: int) -> None:

@@ -36,7 +36,9 @@ class Arrow:
         self.clips = bool((book.clip < float("inf")).any())
         # As variables they lie in the SavedModel once; as constants they would in every function that reads them.
         columns = {"timestep": book.timestep, "signal": book.signal, "noise": book.noise, "matrix": book.matrix}
-        self.rows = {name: tf.Variable(column, trainable=False, name=name) for name, column in columns.items()}
+        self.rows = {
+            name: tf.Variable(tf.constant(column), trainable=False, name=name) for name, column in columns.items()
+        }
         self._evaluate = tf.function(self._network, jit_compile=jit_compile, autograph=False)
 
     def encode(self, tokens: Any) -> Any:

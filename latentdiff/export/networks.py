@@ -102,7 +102,7 @@ def check_format(format: str) -> str:
 
 def _keep_first_output(path: str) -> None:
     """Leaves the network's own output alone: OpenVINO makes one of every end that TensorFlow's graph leaves loose."""
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     core = openvino.Core()
     core.set_property({"ENABLE_MMAP": False})  # the file is written over
@@ -114,8 +114,8 @@ def _keep_first_output(path: str) -> None:
 
 def _teach_erfc() -> None:
     """Tells tf2onnx of erfc, which TensorFlow makes of the exact GELU and which ONNX does not have: 1 - erf."""
-    from tf2onnx import utils
-    from tf2onnx.handler import tf_op
+    from tf2onnx import utils  # pyright: ignore[reportMissingImports]
+    from tf2onnx.handler import tf_op  # pyright: ignore[reportMissingImports]
 
     class Erfc:
         @classmethod

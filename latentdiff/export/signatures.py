@@ -64,7 +64,7 @@ class Signatures:
         guidance_scale: float,
     ):
         self.arrow, self.tokenize, self.limits = arrow, tokenizer, limits
-        self.module = tf.Module()
+        self.module: Any = tf.Module()
         self.module.tokenizer = tokenizer
         self.module.rows = list(arrow.rows.values())
         pipeline = arrow.pipeline

@@ -142,7 +142,8 @@ def buckets_of(config: Config, factor: int) -> list[tuple[int, int]]:
     """The sizes of pictures that a configuration trains on."""
     if config.size % factor:
         raise ValueError(f"`size` must be a multiple of {factor}. Received: size={config.size}.")
-    return make_buckets(config.size, factor, config.max_ratio) if config.max_ratio > 1 else [(config.size,) * 2]
+    square = [(config.size, config.size)]
+    return make_buckets(config.size, factor, config.max_ratio) if config.max_ratio > 1 else square
 
 
 def image_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
         deviation = cache.statistics()[1]
         scaled = Autoencoder(**{**parts.autoencoder.config, "scaling_factor": round(1 / deviation, 5)})
         scaled.set_weights(parts.autoencoder.get_weights())
-        parts = presets.Parts(
-            parts.tokenizer, parts.text_encoder, parts.unet, scaled, parts.settings, parts.sample_size
-        )
+        parts = replace(parts, autoencoder=scaled)
     model = DiffusionTraining(
         parts.unet,
         None if frozen else parts.text_encoder,
@@ -133,8 +132,11 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
 def _parts(config: DiffusionConfig) -> presets.Parts:
     if config.start:
         start = presets.load_pipeline(config.start, dtype="float32")
-        networks = (in_policy(network, config.dtype) for network in (start.text_encoder, start.unet))
-        return presets.Parts(start.tokenizer, *networks, start.autoencoder, start.settings, start.sample_size)
+        return replace(
+            start,
+            text_encoder=in_policy(start.text_encoder, config.dtype),
+            unet=in_policy(start.unet, config.dtype),
+        )
     autoencoder = Autoencoder.from_preset(config.autoencoder, dtype="float32")
     tokenizer = tokenizer_of(config.tokenizer or config.text_encoder)
     if config.text_encoder:
