@@ -76,7 +76,7 @@ class AutoencoderTraining(TrainingModel):
         for key, value in weights.items():
             if value < 0:
                 raise ValueError(f"`{key}` must not be negative. Received: {key}={value}.")
-        super().__init__(ema_decay, seed, name)
+        super().__init__(getattr(autoencoder, "encoder", autoencoder), ema_decay, seed, name)
         self.autoencoder, self.discriminator = autoencoder, discriminator
         self.kl_weight, self.l1_weight, self.l2_weight = kl_weight, l1_weight, l2_weight
         self.perceptual_weight = perceptual_weight

@@ -88,7 +88,7 @@ class CLIPTraining(TrainingModel):
         seed: int = 0,
         name="clip_training",
     ):
-        super().__init__(ema_decay, seed, name)
+        super().__init__(text_encoder, ema_decay, seed, name)
         policy = text_encoder.get_layer("token_embedding").dtype_policy
         vocabulary_size, embedding_dim = text_encoder.config["vocabulary_size"], image_encoder.config["projection_dim"]
         if projection_dim not in (None, embedding_dim):
