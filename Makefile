@@ -29,7 +29,8 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
 # The same tests run on JAX, less those that touch no array.
-NO_ARRAYS := architecture cli data data_order emoji_recipe mutated_files packaging pictures
+NO_ARRAYS := architecture cli cli_export data data_images data_order emoji_recipe evaluation export_tokenizer hub \
+	mutated_files packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 .PHONY: run test test-tensorflow test-jax lint format peers wheel clean
