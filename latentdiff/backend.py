@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -79,6 +79,23 @@ def replica() -> tuple[Any, int]:
         if context is not None and context.num_replicas_in_sync > 1:
             return context.replica_id_in_sync_group, context.num_replicas_in_sync
     return 0, 1
+
+
+def mean_of_replicas(x: Any) -> Any:
+    """The mean over all replicas of what each has, where there are several; no gradient goes through it."""
+    if replica()[1] == 1:
+        return x
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return tf.stop_gradient(context.all_reduce(tf.distribute.ReduceOp.MEAN, x))
+
+
+def mirrored(devices: Sequence[str] | None = None) -> Any:
+    """The scope of TensorFlow's `MirroredStrategy` over this machine's GPUs, or over the devices that are named."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(devices).scope()
 
 
 def gradients(function: Callable[[Any], Any], x: Any) -> Any:
@@ -161,23 +178,40 @@ def default_dtype() -> str:
 
 
 def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
-    """A tensor or a variable as a NumPy array, in its own dtype or another."""
+    """A tensor or a variable as a NumPy array, in its own dtype or another.
+
+    Whole on every process: where `is_spread` says so, every process must ask.
+    """
     if dtype is not None:
         array = ops.cast(array, dtype)
+    if is_spread(array):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(_jax_value(array), tiled=True))
     # `convert_to_numpy` of a variable makes NumPy 2 warn; a variable is an array already.
     return np.asarray(array if isinstance(array, keras.Variable) else ops.convert_to_numpy(array))
 
 
-def values_of(variables: Sequence[Any]) -> Iterator[Any]:
-    """The variables' values, whole on every process; with JAX on several hosts all of them must ask."""
-    for variable in variables:
-        if keras.backend.backend() == "jax":
-            from jax.experimental import multihost_utils
+def is_spread(array: Any) -> bool:
+    """Whether no single process holds all of a tensor or a variable: JAX's, on several hosts."""
+    value = _jax_value(array) if keras.backend.backend() == "jax" else array
+    return not (getattr(value, "is_fully_addressable", True) or value.is_fully_replicated)
 
-            value = variable.value if isinstance(variable, keras.Variable) else variable
-            if not (value.is_fully_addressable or value.is_fully_replicated):
-                variable = multihost_utils.process_allgather(value, tiled=True)
-        yield variable
+
+def _jax_value(array):
+    return array.value if isinstance(array, keras.Variable) else array
+
+
+def held(variable: Any) -> Any:
+    """The value that a variable has now, to be assigned to it again: in the host's memory, or JAX's own array."""
+    return variable.value if keras.backend.backend() == "jax" else to_numpy(variable).copy()
+
+
+def lay_out_like(variable: Any, other: Any) -> None:
+    """Spreads a variable over JAX's devices as another one is, from its next assignment on."""
+    layout = getattr(other, "_layout", None)
+    if layout is not None:
+        variable._layout = layout
 
 
 def process() -> tuple[int, int]:
@@ -192,6 +226,24 @@ def process() -> tuple[int, int]:
 def is_first_process() -> bool:
     """Whether this process writes a run's files."""
     return process()[0] == 0
+
+
+def number_of_processes() -> int:
+    """How many processes train together: one, or JAX's."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_count()
+    return 1
+
+
+def every_process_says(number: int) -> list[int]:
+    """The numbers with which all processes call this, which they must; none goes on before the last one has called."""
+    if number_of_processes() == 1:
+        return [number]
+    from jax.experimental import multihost_utils
+
+    return [int(n) for n in np.ravel(multihost_utils.process_allgather(np.int32(number)))]
 
 
 def sync_state(model: keras.Model) -> None:

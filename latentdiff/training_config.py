@@ -30,7 +30,9 @@ class Config:
         ema_decay: of the weights' average, which is what is saved; 0 keeps none.
         dtype: Keras' policy of the networks: "float32", "mixed_bfloat16", "mixed_float16".
         rematerialize: whether activations are computed again rather than kept (JAX).
-        distribution: "none", "data" or "model" (JAX), "mirrored" (TensorFlow).
+        distribution: "none", "data" or "model" (JAX), "mirrored" (TensorFlow); see `training.distributed`.
+        mesh: of "model": parts of a batch, parts of a weight.
+        hosts: whether other hosts run the same command (JAX); see `training.join_hosts`.
         seed: of weights, order, crops and noise.
         steps_per_execution: batches that are trained on without a return to Python.
         checkpoint_every, log_every, keep: see `Run`.
@@ -55,6 +57,8 @@ class Config:
     dtype: str = "float32"
     rematerialize: bool = False
     distribution: str = "none"
+    mesh: list[int] = typing.cast(Any, ())
+    hosts: bool = False
     seed: int = 0
     steps_per_execution: int = 1
     checkpoint_every: int = 500
@@ -73,6 +77,7 @@ class Config:
         self._choose("optimizer", "adamw", "muon")
         self._choose("dtype", "float32", "bfloat16", "mixed_bfloat16", "mixed_float16")
         self._choose("distribution", "none", "data", "model", "mirrored")
+        self._require(len(self.mesh) == (2 if self.distribution == "model" else 0), "mesh", 'two numbers for "model"')
 
     def _choose(self, name: str, *values: str) -> None:
         self._require(getattr(self, name) in values, name, f"one of {', '.join(values)}")

@@ -14,15 +14,15 @@ JIT = keras.backend.backend() == "jax"  # compiling takes longer than the toys' 
 
 
 def toy_networks():
-    """A UNet and a text encoder."""
+    """A UNet and a text encoder, with names that the layout over devices knows."""
     latent = keras.Input((2, 2, 4), name="latent")
     timestep = keras.Input((), name="timestep")
     context = keras.Input((3, 5), name="context")
     tokens = keras.Input((3,), dtype="int32", name="tokens")
     condition = ops.concatenate([ops.mean(context, axis=1), timestep[:, None] / 1000], axis=-1)
-    condition = keras.layers.Dense(8, "relu")(condition)
-    x = keras.layers.Dense(8)(latent) + condition[:, None, None, :]
-    x = keras.layers.Dense(4, kernel_initializer="zeros")(ops.silu(x))
+    condition = keras.layers.Dense(8, "relu", name="time")(condition)
+    x = keras.layers.Dense(8, name="mlp_1")(latent) + condition[:, None, None, :]
+    x = keras.layers.Dense(4, kernel_initializer="zeros", name="mlp_2")(ops.silu(x))
     unet = keras.Model({"latent": latent, "timestep": timestep, "context": context}, x, name="toy_unet")
     return unet, keras.Model(tokens, keras.layers.Embedding(10, 5)(tokens), name="toy_text_encoder")
 

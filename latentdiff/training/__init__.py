@@ -6,6 +6,7 @@ and `fit` are the ordinary ones; the weights stay in the networks, to be saved f
 
 from latentdiff.training.autoencoder import AutoencoderTraining
 from latentdiff.training.clip import CLIPTraining
+from latentdiff.training.devices import distributed, join_hosts, rows_here
 from latentdiff.training.diffusion import DiffusionTraining
 from latentdiff.training.discriminator import PatchDiscriminator
 from latentdiff.training.muon import KernelMuon
@@ -21,4 +22,7 @@ __all__ = [
     "PerUpdate",
     "Run",
     "WarmupStableDecay",
+    "distributed",
+    "join_hosts",
+    "rows_here",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from latentdiff.backend import gradients
+from latentdiff.backend import gradients, mean_of_replicas
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.training.discriminator import hinge_loss
 from latentdiff.training.perceptual import perceptual_distance
@@ -166,6 +166,7 @@ class AutoencoderTraining(TrainingModel):
         kernel = ops.stop_gradient(ops.cast(last.kernel, "float32"))
         of_reconstruction = gradients(lambda k: ops.mean(self.reconstruction_loss(image, picture(k))), kernel)
         of_opinion = gradients(lambda k: ops.mean(opinion(picture(k))), kernel)
+        of_reconstruction, of_opinion = mean_of_replicas(of_reconstruction), mean_of_replicas(of_opinion)
         ratio = ops.norm(ops.ravel(of_reconstruction)) / (ops.norm(ops.ravel(of_opinion)) + 1e-4)
         return ops.stop_gradient(ops.clip(ratio, 0.0, 1e4))
 

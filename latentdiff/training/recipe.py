@@ -14,9 +14,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import process
 from latentdiff.data import CaptionedImages, Index, index_source, make_buckets
 from latentdiff.data.draws import uniform
+from latentdiff.training.devices import distributed, join_hosts, rows_here
 from latentdiff.training.muon import KernelMuon
 from latentdiff.training.run import Run
 from latentdiff.training.schedules import PerUpdate, WarmupStableDecay
@@ -66,8 +66,8 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
         OSError: a file cannot be read or written.
     """
     directory = Path(directory)
-    keras.utils.set_random_seed(config.seed)
     with _devices(config):
+        keras.utils.set_random_seed(config.seed)
         recipe = make_recipe(config, directory)
         recipe.model.compile(
             optimizer=make_optimizer(config),
@@ -150,7 +150,7 @@ def image_batches(
     config: PicturesConfig, index: Index, buckets, tokenizer=None
 ) -> Callable[[int, int], CaptionedImages]:
     """The batches of an index's pictures, cropped and flipped as is configured; each process takes its part."""
-    shard, shards = process()
+    shard, shards = part_here(config)
 
     def batches(first: int, last: int) -> CaptionedImages:
         return CaptionedImages(
@@ -184,6 +184,13 @@ def validation_batches(
     return lambda: make(0, steps)
 
 
+def part_here(config: Config) -> tuple[int, int]:
+    """(index, how many) of the parts of each batch that this process reads."""
+    rows = rows_here(config.batch_size)
+    length = rows.stop - rows.start
+    return rows.start // length, config.batch_size // length
+
+
 def in_policy(network: Any, policy: str) -> Any:
     """The network with the same weights, computing in another dtype policy."""
     if policy == "float32":
@@ -198,10 +205,10 @@ def _devices(config: Config):
     if config.rematerialize and keras.backend.backend() != "jax":
         raise ValueError("`rematerialize` needs the JAX backend. Received: rematerialize=True, tensorflow.")
     with contextlib.ExitStack() as stack:
+        if config.hosts:
+            join_hosts()
         if config.distribution != "none":
-            from latentdiff.training.devices import distributed
-
-            stack.enter_context(distributed(config.distribution))
+            stack.enter_context(distributed(config.distribution, config.mesh or None))
         if config.rematerialize:
             stack.enter_context(keras.RematScope(mode="full"))
         yield

@@ -10,7 +10,6 @@ import keras
 import numpy as np
 
 from latentdiff import presets
-from latentdiff.backend import process
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.data import Cache, CachedLatents, make_cache
 from latentdiff.diffusion.process import GaussianDiffusion
@@ -19,7 +18,7 @@ from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage
 from latentdiff.training.diffusion import DiffusionTraining
-from latentdiff.training.recipe import Recipe, buckets_of, in_policy, index_of
+from latentdiff.training.recipe import Recipe, buckets_of, in_policy, index_of, part_here
 from latentdiff.training.recipe_clip import tokenizer_of
 from latentdiff.training_config import DiffusionConfig
 
@@ -88,7 +87,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
         ema_decay=config.ema_decay or None,
         seed=config.seed,
     )
-    shard, shards = process()
+    shard, shards = part_here(config)
 
     def latents(kept: Cache, batch_size: int, seed: int, first: int, last: int | None) -> CachedLatents:
         return CachedLatents(

@@ -16,6 +16,7 @@ import csv
 import json
 import pathlib
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,16 @@ import numpy as np
 from keras import ops
 from PIL import Image
 
-from latentdiff.backend import EventWriter, is_first_process, keep_freed_memory, sync_state, to_numpy
+from latentdiff.backend import (
+    EventWriter,
+    every_process_says,
+    is_first_process,
+    is_spread,
+    keep_freed_memory,
+    number_of_processes,
+    sync_state,
+    to_numpy,
+)
 from latentdiff.training.state import read_state, write_state
 from latentdiff.training.step import HISTORY, TrainingModel
 
@@ -106,10 +116,16 @@ class Run(keras.callbacks.Callback):
             The number of batches that it was trained on: the next batch's index. 0 in a new directory.
 
         Raises:
-            ValueError: the directory is another run's, or no checkpoint in it is whole.
+            ValueError: the directory is another run's, no checkpoint in it is whole, or not every process sees it.
         """
-        self._check_config()
+        if is_first_process():
+            self._check_config()
         states = self.checkpoints()
+        seen = every_process_says(_step_of(states[-1]) if states else 0)
+        if len(set(seen)) > 1:
+            raise ValueError(f"Every process must see the run's directory. Received: last checkpoints={seen}.")
+        if not is_first_process():
+            self._check_config()
         error: ValueError | None = None
         for path in reversed(states):
             try:
@@ -117,7 +133,7 @@ class Run(keras.callbacks.Callback):
             except ValueError as damage:
                 error = error or damage
                 continue
-            self.first = int(path.stem.removeprefix("step_"))
+            self.first = _step_of(path)
             break
         else:
             if error:
@@ -177,7 +193,10 @@ class Run(keras.callbacks.Callback):
         due = {name for name, every in self.every.items() if before // every != self.step // every}
         if self.step >= self.steps:
             due = set(self.every)
-        if self._interrupted:
+        stop = self._interrupted
+        if number_of_processes() > 1:  # all stop at the same batch: when all of them log
+            stop = bool(due) and any(every_process_says(self._interrupted))
+        if stop:
             due |= {"log", "checkpoint"}
             self.model.stop_training = True
         if self.step - self._row >= HISTORY - (self.step - before):
@@ -186,7 +205,7 @@ class Run(keras.callbacks.Callback):
             self._keep(due, logs or {})
 
     def on_train_end(self, logs=None):
-        if self._kept < self.step or not self.checkpoints():  # stopped early, by another callback
+        if self._kept < self.step or not self._kept:  # stopped early, by another callback
             self._keep(set(self.every), logs or {})
         self._end()
 
@@ -232,8 +251,12 @@ class Run(keras.callbacks.Callback):
                 path = self.directory / "samples" / f"step_{self.step:08}.png"
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(picture).save(path)
-        if "checkpoint" in due and self.save and is_first_process():
-            self.save(self.directory / "model")
+        if "checkpoint" in due and self.save:
+            if is_first_process():
+                self.save(self.directory / "model")
+            elif any(is_spread(variable) for variable in self.model.variables):  # the first one needs the others' parts
+                with tempfile.TemporaryDirectory() as place:
+                    self.save(pathlib.Path(place) / "model")
         return row
 
     def _check_finite(self, losses: np.ndarray) -> None:
@@ -272,6 +295,10 @@ class Run(keras.callbacks.Callback):
         _append(path, header + new, [[self.step, *(row.get(name, "") for name in [*header[1:], *new])]])
         if self._events:
             self._events.write(row, self.step)
+
+
+def _step_of(path: pathlib.Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def _append(path: pathlib.Path, header: list[str], rows: list[list]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import is_first_process, to_numpy, values_of
+from latentdiff.backend import is_first_process, to_numpy
 
 
 def write_state(path: pathlib.Path, model: keras.Model) -> None:
@@ -24,7 +24,7 @@ def write_state(path: pathlib.Path, model: keras.Model) -> None:
         OSError: the file cannot be written, on a full disk say; what lay at `path` is still there.
     """
     variables = state_variables(model)
-    arrays = [to_numpy(value) for value in values_of(variables)]  # every process takes part, the first one writes
+    arrays = [to_numpy(variable) for variable in variables]  # every process takes part, the first one writes
     if not is_first_process():
         return
     said = [

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from latentdiff.backend import FinishedStep, replica, to_numpy
+from latentdiff.backend import FinishedStep, held, lay_out_like, replica, to_numpy
 
 HISTORY = 256  # batches whose losses a model remembers
 
@@ -61,8 +61,9 @@ class TrainingModel(keras.Model):
         if self.ema_decay is not None:
             for variable in self.averaged_variables():
                 name = "average_of_" + variable.path.replace("/", ".")
-                average = self.add_weight(shape=variable.shape, name=name, dtype="float32", **first)
-                average.assign(variable)
+                average = self.add_weight(shape=variable.shape, name=name, aggregation="only_first_replica", **shared)
+                lay_out_like(average, variable)
+                average.assign(ops.copy(variable))  # no array may be two variables' where a step gives its memory away
                 self.averages.append(average)
         self.built = True
 
@@ -101,13 +102,25 @@ class TrainingModel(keras.Model):
         return loss
 
     def train_step(self, *arguments):
-        """Keras' own, then the counters and the averages; JAX hands a state along, TensorFlow does not."""
+        """Keras' own, then the counters and the averages; JAX hands a state along, TensorFlow does not.
+
+        Raises:
+            ValueError: gradients are accumulated on several replicas, which Keras cannot do.
+        """
+        steps = getattr(self._inner_optimizer(), "gradient_accumulation_steps", None)
+        if steps and replica()[1] > 1:
+            raise ValueError(
+                "`gradient_accumulation_steps` must be None on several replicas: Keras accumulates on one alone. "
+                f"Received: gradient_accumulation_steps={steps}, replicas={replica()[1]}."
+            )
         with FinishedStep(self, super().train_step(*arguments)) as step:
-            self._count(self.optimizer)
+            self._count(self._inner_optimizer())
         return step.result
 
+    def _inner_optimizer(self):
+        return getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of one that scales the loss
+
     def _count(self, optimizer) -> None:
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
         steps, updates_before = ops.convert_to_tensor(self.steps), ops.convert_to_tensor(self.updates)
         loss, history = ops.convert_to_tensor(self.batch_loss), ops.convert_to_tensor(self.loss_history)
         self.loss_history.assign(ops.where(ops.arange(HISTORY) == steps % HISTORY, loss, history))
@@ -134,9 +147,9 @@ class TrainingModel(keras.Model):
             yield
             return
         variables = self.averaged_variables()
-        kept = [to_numpy(variable).copy() for variable in variables]
+        kept = [held(variable) for variable in variables]
         for variable, average in zip(variables, self.averages, strict=True):
-            variable.assign(ops.cast(average, variable.dtype))
+            variable.assign(ops.copy(ops.cast(average, variable.dtype)))
         try:
             yield
         finally:
