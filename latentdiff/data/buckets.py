@@ -69,7 +69,7 @@ def full_buckets(heights, widths, buckets: Sequence[tuple[int, int]], batch_size
     """
     left = np.arange(len(buckets))
     while True:
-        chosen = nearest_buckets(heights, widths, [buckets[i] for i in left])
+        chosen = nearest_buckets(heights, widths, [buckets[int(i)] for i in left])
         counts = np.bincount(chosen, minlength=len(left))
         if len(left) == 1 or counts[counts > 0].min() >= batch_size:
             return left[chosen]
