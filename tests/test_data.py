@@ -213,13 +213,18 @@ def test_broken_tars_give_what_they_hold_and_name_themselves(tmp_path):
     path = tar_of_txt(tmp_path / "set")
     whole = path.read_bytes()
     path.write_bytes(whole[: 512 * 14 + 100])
+    header = 512 * 8  # of the third picture
+    (tmp_path / "damaged.tar").write_bytes(whole[:header] + b"x" * 512 + whole[header + 512 :])
+    (tmp_path / "none.tar").write_bytes(b"no tar" * 200)
     write_tar(
         tmp_path / "tz.tar", [("a.png", PICTURES[0][1]), ("b.txt", b"x"), ("c.png", PICTURES[0][1]), ("c.txt", b"y")]
     )
     with pytest.warns(BrokenPicturesWarning):
-        index = index_source([path, tmp_path / "tz.tar"], max_broken=1)
-    assert [e.name for e in index] == ["set.tar/000.png", "set.tar/001.png", "set.tar/002.png", "tz.tar/c.png"]
-    assert [each.name for each in index.broken] == ["set.tar/003.png", "set.tar", "tz.tar/a.png"]
+        index = index_source(tmp_path, max_broken=1)
+    whole = [f"{tar}.tar/00{i}.png" for tar, count in (("damaged", 2), ("set", 3)) for i in range(count)]
+    assert [e.name for e in index] == [*whole, "tz.tar/c.png"]
+    broken = ["damaged.tar", "none.tar", "set.tar/003.png", "set.tar", "tz.tar/a.png"]
+    assert [each.name for each in index.broken] == broken
 
 
 def test_broken_records_are_named(tmp_path):

@@ -60,13 +60,14 @@ def decode_crop(
     picture = _open(content)
     scale = _cover(size, _upright_size(picture), zoom)
     if scale < 0.5:  # a JPEG can be decoded at a half, a quarter or an eighth; twice the size is left for the filter
-        picture.draft(None, (int(2 * scale * picture.width) + 1, int(2 * scale * picture.height) + 1))
+        width, height = (int(2 * scale * side) + 1 for side in picture.size)
+        picture.draft(None, (width, height))
     _load(picture)
     picture = _to_rgb(ImageOps.exif_transpose(picture))
     width, height = picture.size
     scale = _cover(size, (height, width), zoom)
-    top = round(place[0] * (height * scale - size[0])) / scale
-    left = round(place[1] * (width * scale - size[1])) / scale
+    margins = int(height * scale - size[0] + 1e-6), int(width * scale - size[1] + 1e-6)
+    top, left = (round(at * margin) / scale for at, margin in zip(place, margins, strict=True))
     box = (left, top, min(left + size[1] / scale, width), min(top + size[0] / scale, height))
     crop = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.LANCZOS, box))
     return crop[:, ::-1] if flip else crop

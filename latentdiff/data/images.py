@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -138,13 +138,15 @@ class CaptionedImages(Steps):
     def _read(self, index: int, follows: bool) -> Batch:
         if self.threads < 1 or self.ahead < 1:
             return self.batch_at(self.first_step + index)
-        if self._reader is None or not follows:
-            self._start(index)
-        reader: Any = self._reader
-        pictures = [next(reader) for _ in self._slots]
+        reader = self._reader if self._reader is not None and follows else self._start(index)
+        try:
+            pictures = [next(reader) for _ in self._slots]
+        except BaseException:
+            self._stop()  # it stands within a batch
+            raise
         return self._batch(self._plan(self.first_step + index), pictures)
 
-    def _start(self, index: int) -> None:
+    def _start(self, index: int) -> Iterator[np.ndarray]:
         """Begins to read ahead, from a place in this data set to its end."""
         import grain
 
@@ -154,6 +156,7 @@ class CaptionedImages(Steps):
         # Grain's own buffer of 500 would read that many pictures before the first step, and throw them away at the end.
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.ahead * count)
         self._reader = iter(grain.MapDataset.source(places).map(self._picture_at).to_iter_dataset(options))
+        return self._reader
 
     def _stop(self) -> None:
         if self._reader is not None:

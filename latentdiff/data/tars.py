@@ -30,7 +30,7 @@ def find_in_tar(path: Path) -> Iterator[Found]:
     captions: dict[str, tuple[str, ...]] = {}
     wrong = None
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
@@ -44,6 +44,10 @@ def find_in_tar(path: Path) -> Iterator[Found]:
                     content = archive.extractfile(member)
                     text = _captions(suffix, content.read() if content else b"")
                     captions[key] = text if suffix == ".txt" else captions.get(key) or text
+            # `tarfile` takes a header that is damaged or cut off for the end.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                wrong = "is damaged or cut off behind its last whole member"
     except (tarfile.TarError, OSError, EOFError) as error:
         wrong = f"cannot be read as an uncompressed tar to its end: {error}"
     for key, pictures in examples.items():
