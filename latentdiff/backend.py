@@ -102,6 +102,31 @@ def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
     return np.asarray(array if isinstance(array, keras.Variable) else ops.convert_to_numpy(array))
 
 
+def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> None:
+    """Gives a variable the numbers of an array; a large one in slices, where TensorFlow would copy it twice on the way.
+
+    Args:
+        variable: of any shape.
+        array: of the same shape and dtype.
+        size: bytes from which an array is large; slices have a quarter. They take three times as long as all at once.
+    """
+    if keras.backend.backend() != "tensorflow" or array.nbytes < size or array.ndim < 2:
+        variable.assign(array)
+        return
+    import tensorflow as tf
+
+    if tf.distribute.has_strategy():
+        variable.assign(array)
+        return
+    rows = max(1, size // 4 // (array.nbytes // len(array)))
+    for begin in range(0, len(array), rows):
+        part = array[begin : begin + rows]
+        # Not `variable.value[...].assign`, which reads the variable, and so has all of it copied before it changes.
+        tf.raw_ops.ResourceStridedSliceAssign(
+            ref=variable.value.handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
+        )
+
+
 def keep_freed_memory() -> bool:
     """Tells the C library to keep what tensors leave free, rather than to give it back to the system at once.
 
