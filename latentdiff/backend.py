@@ -192,6 +192,7 @@ def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
     return np.asarray(array if isinstance(array, keras.Variable) else ops.convert_to_numpy(array))
 
 
+<<<<<<< HEAD
 def is_spread(array: Any) -> bool:
     """Whether no single process holds all of a tensor or a variable: JAX's, on several hosts."""
     value = _jax_value(array) if keras.backend.backend() == "jax" else array
@@ -313,6 +314,31 @@ def psnr_and_ssim(images: np.ndarray, others: np.ndarray) -> tuple[float, float]
         psnr = tf.image.psnr(images, others, max_val=255)
         ssim = tf.image.ssim(tf.constant(images), tf.constant(others), max_val=255)
     return float(np.mean(psnr)), float(np.mean(ssim))
+=======
+def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> None:
+    """Gives a variable the numbers of an array; a large one in slices, where TensorFlow would copy it twice on the way.
+
+    Args:
+        variable: of any shape.
+        array: of the same shape and dtype.
+        size: bytes from which an array is large; slices have a quarter. They take three times as long as all at once.
+    """
+    if keras.backend.backend() != "tensorflow" or array.nbytes < size or array.ndim < 2:
+        variable.assign(array)
+        return
+    import tensorflow as tf
+
+    if tf.distribute.has_strategy():
+        variable.assign(array)
+        return
+    rows = max(1, size // 4 // (array.nbytes // len(array)))
+    for begin in range(0, len(array), rows):
+        part = array[begin : begin + rows]
+        # Not `variable.value[...].assign`, which reads the variable, and so has all of it copied before it changes.
+        tf.raw_ops.ResourceStridedSliceAssign(
+            ref=variable.value.handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
+        )
+>>>>>>> checkpoints
 
 
 def keep_freed_memory() -> bool:

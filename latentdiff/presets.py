@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import default_dtype, to_numpy
+from latentdiff.backend import assign, default_dtype, to_numpy
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_pipeline
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
@@ -298,5 +298,5 @@ def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> ke
         differing = sorted(variables.keys() ^ component.weights.keys())
         raise ValueError(f"Every variable must have one array in the file. These do not: {', '.join(differing)}.")
     for path, variable in variables.items():
-        variable.assign(component.weights[path])
+        assign(variable, component.weights[path])
     return network
