@@ -1,18 +1,20 @@
-<<<<<<< HEAD
 """What a measurement was taken on, and with what: without it a figure says nothing."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
+import re
 import resource
+import threading
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("tensorflow", "keras", "numpy")
+PACKAGES = ("tensorflow", "keras", "numpy", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+MIB = 2**20
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # of a processor, that decide its kernels
 
 
@@ -28,7 +30,7 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(int(memory.split()[0]) / 2**20, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": _versions(),
         "load_average": os.getloadavg(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -60,36 +62,12 @@ def _fields(path: str) -> dict[str, str]:
         name, _, value = line.partition(":")
         found.setdefault(name.strip(), value.strip())
     return found
-=======
-"""What was measured where: the machine in words, and the memory and time of a piece of a program (Linux)."""
-
-from __future__ import annotations
-
-import platform
-import re
-import resource
-import threading
-import time
-from importlib import metadata
-from pathlib import Path
-
-PACKAGES = ("keras", "tensorflow", "numpy", "torch", "diffusers", "transformers", "accelerate", "safetensors")
-MIB = 2**20
 
 
-def describe() -> dict[str, object]:
-    """Processor, memory, system and the versions of the packages."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    total = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
-    cores = Path("/proc/cpuinfo").read_text().count("processor\t")
-    return {
-        "processor": model[1] if model else platform.processor(),
-        "cores": cores,
-        "memory_mib": int(total[1]) // 1024 if total else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-    }
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {distribution.name.lower() for distribution in metadata.distributions()}
+    return {name: metadata.version(name) for name in PACKAGES if name in found}
 
 
 class Meter:
@@ -109,11 +87,11 @@ class Meter:
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
-        self._cpu, self._wall = _cpu_seconds(), time.perf_counter()
+        self._cpu, self._wall = cpu_seconds(), time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
-        wall, cpu = time.perf_counter() - self._wall, _cpu_seconds() - self._cpu
+        wall, cpu = time.perf_counter() - self._wall, cpu_seconds() - self._cpu
         self._ended.set()
         self._watcher.join()
         after = _status()
@@ -134,9 +112,3 @@ def _status() -> dict[str, int]:
     """Bytes of resident memory: now, at most, and of that which no file backs."""
     found = re.findall(r"(VmHWM|VmRSS|RssAnon):\s*(\d+) kB", Path("/proc/self/status").read_text())
     return {name: 1024 * int(size) for name, size in found}
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
->>>>>>> checkpoints

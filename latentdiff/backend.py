@@ -192,7 +192,6 @@ def to_numpy(array: Any, dtype: str | None = None) -> np.ndarray:
     return np.asarray(array if isinstance(array, keras.Variable) else ops.convert_to_numpy(array))
 
 
-<<<<<<< HEAD
 def is_spread(array: Any) -> bool:
     """Whether no single process holds all of a tensor or a variable: JAX's, on several hosts."""
     value = _jax_value(array) if keras.backend.backend() == "jax" else array
@@ -229,18 +228,9 @@ def is_first_process() -> bool:
     return process()[0] == 0
 
 
-def number_of_processes() -> int:
-    """How many processes train together: one, or JAX's."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.process_count()
-    return 1
-
-
 def every_process_says(number: int) -> list[int]:
     """The numbers with which all processes call this, which they must; none goes on before the last one has called."""
-    if number_of_processes() == 1:
+    if process()[1] == 1:
         return [number]
     from jax.experimental import multihost_utils
 
@@ -314,7 +304,8 @@ def psnr_and_ssim(images: np.ndarray, others: np.ndarray) -> tuple[float, float]
         psnr = tf.image.psnr(images, others, max_val=255)
         ssim = tf.image.ssim(tf.constant(images), tf.constant(others), max_val=255)
     return float(np.mean(psnr)), float(np.mean(ssim))
-=======
+
+
 def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> None:
     """Gives a variable the numbers of an array; a large one in slices, where TensorFlow would copy it twice on the way.
 
@@ -338,7 +329,6 @@ def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> No
         tf.raw_ops.ResourceStridedSliceAssign(
             ref=variable.value.handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
         )
->>>>>>> checkpoints
 
 
 def keep_freed_memory() -> bool:

@@ -33,7 +33,6 @@ from latentdiff.backend import (
     is_first_process,
     is_spread,
     keep_freed_memory,
-    number_of_processes,
     sync_state,
     to_numpy,
 )
@@ -194,7 +193,7 @@ class Run(keras.callbacks.Callback):
         if self.step >= self.steps:
             due = set(self.every)
         stop = self._interrupted
-        if number_of_processes() > 1:  # all stop at the same batch: when all of them log
+        if process()[1] > 1:  # all stop at the same batch: when all of them log
             stop = bool(due) and any(every_process_says(self._interrupted))
         if stop:
             due |= {"log", "checkpoint"}
