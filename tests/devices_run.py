@@ -14,7 +14,7 @@ import numpy as np
 import tiny_models
 from toy_training import EMPTY, ToyBatches, toy_training
 
-from latentdiff.backend import Compiled, is_first_process, to_numpy
+from latentdiff.backend import Compiled, is_first_process, process, to_numpy
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.diffusion.schedule import scaled_linear_schedule
 from latentdiff.models.autoencoder import Autoencoder

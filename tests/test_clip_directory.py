@@ -269,5 +269,5 @@ def test_of_a_hub_a_whole_clip_model_is_asked_for():
 
 def test_training_goes_on_from_a_saved_pair(saved):
     again = CLIPTraining.from_preset(saved[1])
-    for ours, theirs in zip(again(batch()), saved[0](batch()), strict=True):
+    for ours, theirs in zip(run(again, batch()), run(saved[0], batch()), strict=True):
         np.testing.assert_allclose(to_numpy(ours), to_numpy(theirs), atol=1e-6)

@@ -33,6 +33,7 @@ from latentdiff.backend import (
     is_first_process,
     is_spread,
     keep_freed_memory,
+    process,
     sync_state,
     to_numpy,
 )
