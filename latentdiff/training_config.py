@@ -205,6 +205,7 @@ class DiffusionConfig(Config):
         bad = self.zero_terminal_snr and self.prediction == "eps" and not self.start
         self._require(not bad, "prediction", "v or x0 where `zero_terminal_snr`")
         self._require(not self.prior or self.batch_size % 2 == 0, "batch_size", "even where there is a `prior`")
+        self._require(not self.prior or self.max_ratio == 1, "max_ratio", "1 where there is a `prior`")
 
 
 KINDS: dict[str, type[Config]] = {

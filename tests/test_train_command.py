@@ -94,6 +94,19 @@ def test_another_run_in_its_place_is_refused(autoencoder, folder, capsys):
     assert "A run must go on as it began, or in another directory. Received: seed=7" in capsys.readouterr().err
 
 
+def test_pictures_of_several_sizes_keep_their_shape(folder):
+    for i, path in enumerate(sorted((folder / "toy").glob("0000[0-7].png"))):
+        with Image.open(path) as picture:
+            wide = picture.resize((24, 16) if i % 2 else (16, 24))
+        (folder / "wide").mkdir(exist_ok=True)
+        wide.save(folder / "wide" / path.name)
+        (folder / "wide" / path.name).with_suffix(".txt").write_text("a shape")
+    output = folder / "several"
+    arguments = ["--data", str(folder / "wide"), "--validation", "0", "--max-ratio", "1.5", "--batch-size", "2"]
+    assert train("autoencoder", folder, output, *arguments) == 0
+    assert [step for step, _ in losses(output)] == [1, 2, 3, 4]
+
+
 def test_clip_pair_is_trained_and_written(folder, capsys):
     assert train("clip", folder, folder / "clip") == 0
     assert "00024.png" in capsys.readouterr().err
