@@ -1,6 +1,7 @@
 """`latentdiff export`, with the smallest model: what it writes, and what it refuses before a model is opened."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 from latentdiff import cli
 from latentdiff.checkpoints.diffusers_scheduler import SAMPLER_CLASSES
 
+BFLOAT16_GREY_LEVELS = 4  # as the README says; float32's are one
 ROOT = Path(__file__).resolve().parents[1]
 tensorflow_only = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a SavedModel is TensorFlow's")
 
@@ -64,6 +67,34 @@ def test_several_sizes_are_several_signatures_and_answer_by_default(exported):
         for signature, shape in (("generate", (8, 12, 3)), ("generate_4x8", (4, 8, 3))):
             (file,) = served.run(signature, {"prompt": ["a cat"]})["image_bytes"]
             assert tf.io.decode_png(file).shape == shape
+
+
+@tensorflow_only
+def test_bfloat16_gives_pythons_pictures_within_its_bound(exported, tiny_directory):
+    """Rows of one call, each against Python's bfloat16 picture that was made alone."""
+    import tensorflow as tf
+
+    from latentdiff.pipeline import TextToImage
+
+    pipe = TextToImage.from_preset(tiny_directory, dtype="bfloat16")
+    generate = tf.saved_model.load(str(exported)).signatures["generate"]
+    largest = 0
+    for sampler, scales in itertools.product(["euler", "ddim"], [[1.0] * 4, [1.0, 3.0, 7.5, 20.0]]):
+        files = generate(
+            prompt=tf.constant(["a cat"]),
+            negative_prompt=tf.constant(["a red dog"]),
+            seed=tf.constant([0, 1, 2, 3], tf.int64),
+            num_steps=tf.constant([1, 2, 4, 5]),
+            guidance_scale=tf.constant(scales),
+            sampler=tf.constant([sampler]),
+        )["image_bytes"].numpy()
+        for file, seed, steps, scale in zip(files, range(4), [1, 2, 4, 5], scales, strict=True):
+            chosen = {"num_steps": steps, "guidance_scale": scale, "seed": seed, "sampler": sampler}
+            (image,) = pipe.generate("a cat", "a red dog", **chosen, progress=False)
+            difference = np.abs(tf.io.decode_png(file).numpy().astype(int) - image).max()
+            largest = max(largest, difference)
+            assert difference <= BFLOAT16_GREY_LEVELS, chosen
+    assert largest > 0, "bfloat16 is told to differ, and did not"
 
 
 @tensorflow_only

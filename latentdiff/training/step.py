@@ -136,7 +136,7 @@ class TrainingModel(keras.Model):
 
     def last_losses(self, count: int) -> np.ndarray:
         """The losses of the last `count` batches, at most HISTORY, oldest first: float32 (count,)."""
-        steps = int(self.steps)
+        steps = int(to_numpy(self.steps))
         count = min(count, steps, HISTORY)
         return to_numpy(self.loss_history)[np.arange(steps - count, steps) % HISTORY]
 
