@@ -4,6 +4,7 @@
 #   make test                                    the tests, on TensorFlow and on JAX
 #   make lint                                    ruff and pyright
 #   make peers                                   the comparison with diffusers, transformers, KerasCV (needs torch)
+#   make serving                                 an export answers where tensorflow-cpu is all there is, no Keras
 #   make wheel                                   builds the wheel and generates from it in an empty directory
 
 SHELL := /bin/bash
@@ -24,15 +25,17 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 VENV_PEERS := .venv-peers
 VENV_WHEEL := .venv-wheel
+VENV_SERVING := .venv-serving
 PINNED := requirements.txt pyproject.toml
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
 # The same tests run on JAX, less those that touch no array.
-NO_ARRAYS := architecture cli emoji_recipe mutated_files packaging pictures
+NO_ARRAYS := architecture cli cli_export data data_images data_order emoji_recipe evaluation export_tokenizer hub \
+	mutated_files packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
-.PHONY: run test test-tensorflow test-jax lint format peers wheel clean
+.PHONY: run test test-tensorflow test-jax lint format peers serving wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
@@ -60,6 +63,14 @@ format: $(VENV)/.lint
 peers: $(VENV_PEERS)/.peers
 	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest tests/peers
 
+serving: $(VENV)/.run $(VENV_SERVING)/.serving
+	folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; export TF_CPP_MIN_LOG_LEVEL=2 \
+		&& $(VENV)/bin/latentdiff export emoji --output "$$folder/emoji/1" --dtype float32 \
+		&& $(VENV)/bin/latentdiff generate "$$PROMPT" --dtype float32 --seed 3 --num-steps 4 --guidance-scale 5 \
+			--output "$$folder/python.png" \
+		&& $(VENV_SERVING)/bin/python -P tests/serve_without_keras.py "$$folder/emoji/1" "$$folder/python.png" \
+			"$$PROMPT" 3 4
+
 # Installed by name and run elsewhere with -P, so nothing of the checkout is seen.
 wheel: $(VENV)/.run
 	rm -rf dist $(VENV_WHEEL)
@@ -73,7 +84,7 @@ wheel: $(VENV)/.run
 	rm -rf $(VENV_WHEEL)
 
 clean:
-	rm -rf $(VENV) $(VENV_PEERS) $(VENV_WHEEL) build dist out.png
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_SERVING) $(VENV_WHEEL) build dist out.png
 
 # Stamps: each remembers that an environment holds what requirements.txt and pyproject.toml said.
 $(VENV)/.run: $(PINNED) | $(VENV)/bin/python
@@ -97,7 +108,13 @@ $(VENV_PEERS)/.peers: $(VENV)/.test | $(VENV_PEERS)/bin/python
 	$(VENV_PEERS)/bin/python $(INSTALL) --editable ".[peers]"
 	touch $@
 
-$(VENV)/bin/python $(VENV_PEERS)/bin/python:
+# TensorFlow alone: the version is the pinned one, and the Keras that pip brings along goes again.
+$(VENV_SERVING)/.serving: $(PINNED) | $(VENV_SERVING)/bin/python
+	$(VENV_SERVING)/bin/python $(INSTALL) "tensorflow-cpu==$$(sed -n 's/^tensorflow==//p' requirements.txt)"
+	$(VENV_SERVING)/bin/python $(PIP) uninstall --quiet --yes keras
+	touch $@
+
+$(VENV)/bin/python $(VENV_PEERS)/bin/python $(VENV_SERVING)/bin/python:
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo "latentdiff needs Python 3.11, 3.12 or 3.13; found:" \
 		"$$(python3 --version 2>&1 || echo none). Name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) comes without venv and pip;" \

@@ -29,5 +29,6 @@ for name, dtype in (("seed", tf.int64), ("num_steps", tf.int32), ("guidance_scal
         request.inputs[name].CopyFrom(tf.make_tensor_proto([getattr(options, name)], dtype))
 with grpc.insecure_channel(options.server) as channel:
     answer = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=300)
-options.output.write_bytes(answer.outputs["image_bytes"].string_val[0])
-print(f"{options.output}  seed {answer.outputs['seed'].int64_val[0]}")
+found = {name: tf.make_ndarray(value)[0] for name, value in answer.outputs.items()}
+options.output.write_bytes(found["image_bytes"])
+print(f"{options.output}  seed {found['seed']}")

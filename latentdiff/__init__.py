@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from latentdiff.models.autoencoder import Autoencoder
+    from latentdiff.models.image_encoder import CLIPImageEncoder
     from latentdiff.models.text_encoder import CLIPTextEncoder
     from latentdiff.models.tokenizer import CLIPTokenizer
     from latentdiff.models.unet import UNet
@@ -22,10 +23,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 __version__ = "0.1.0"
 
-__all__ = ["Autoencoder", "CLIPTextEncoder", "CLIPTokenizer", "TextToImage", "UNet", "__version__"]
+__all__ = ["Autoencoder", "CLIPImageEncoder", "CLIPTextEncoder", "CLIPTokenizer", "TextToImage", "UNet", "__version__"]
 
 _MODULES = {
     "Autoencoder": "latentdiff.models.autoencoder",
+    "CLIPImageEncoder": "latentdiff.models.image_encoder",
     "CLIPTextEncoder": "latentdiff.models.text_encoder",
     "CLIPTokenizer": "latentdiff.models.tokenizer",
     "TextToImage": "latentdiff.pipeline",

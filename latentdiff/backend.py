@@ -214,27 +214,23 @@ def lay_out_like(variable: Any, other: Any) -> None:
         variable._layout = layout
 
 
+def process() -> tuple[int, int]:
+    """(index, how many) of the process that this is: (0, 1) but with JAX on several hosts."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index(), jax.process_count()
+    return 0, 1
+
+
 def is_first_process() -> bool:
-    """Whether this process writes a run's files: the only one, or the first of JAX's."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.process_index() == 0
-    return True
-
-
-def number_of_processes() -> int:
-    """How many processes train together: one, or JAX's."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.process_count()
-    return 1
+    """Whether this process writes a run's files."""
+    return process()[0] == 0
 
 
 def every_process_says(number: int) -> list[int]:
     """The numbers with which all processes call this, which they must; none goes on before the last one has called."""
-    if number_of_processes() == 1:
+    if process()[1] == 1:
         return [number]
     from jax.experimental import multihost_utils
 
@@ -274,6 +270,65 @@ class EventWriter:
     def close(self) -> None:
         """Ends the file."""
         self._writer.close()
+
+
+def gather_replicas(*arrays: Any) -> tuple:
+    """What every replica of a TensorFlow strategy has of some arrays, one below the other, with gradients to each.
+
+    Elsewhere there is one replica: on JAX with `keras.distribution` a program sees the whole batch as it is.
+
+    Args:
+        arrays: (B, ...), with the same B on every replica.
+
+    Returns:
+        Each array as (B', ...), the rows of all replicas; where this replica's rows begin; how many replicas there are.
+    """
+    index, replicas = replica()
+    if replicas > 1:
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        gathered = [context.all_gather(array, axis=0) for array in arrays]
+        return (*gathered, index * tf.shape(arrays[0])[0], replicas)
+    return (*arrays, 0, 1)
+
+
+def psnr_and_ssim(images: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """Peak signal to noise in decibels, and structural similarity: means over pairs of uint8 (N, H, W, 3).
+
+    Both are TensorFlow's, on the CPU. Reference: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
+    """
+    import tensorflow as tf
+
+    with tf.device("CPU"):
+        psnr = tf.image.psnr(images, others, max_val=255)
+        ssim = tf.image.ssim(tf.constant(images), tf.constant(others), max_val=255)
+    return float(np.mean(psnr)), float(np.mean(ssim))
+
+
+def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> None:
+    """Gives a variable the numbers of an array; a large one in slices, where TensorFlow would copy it twice on the way.
+
+    Args:
+        variable: of any shape.
+        array: of the same shape and dtype.
+        size: bytes from which an array is large; slices have a quarter. They take three times as long as all at once.
+    """
+    if keras.backend.backend() != "tensorflow" or array.nbytes < size or array.ndim < 2:
+        variable.assign(array)
+        return
+    import tensorflow as tf
+
+    if tf.distribute.has_strategy():
+        variable.assign(array)
+        return
+    rows = max(1, size // 4 // (array.nbytes // len(array)))
+    for begin in range(0, len(array), rows):
+        part = array[begin : begin + rows]
+        # Not `variable.value[...].assign`, which reads the variable, and so has all of it copied before it changes.
+        tf.raw_ops.ResourceStridedSliceAssign(
+            ref=variable.value.handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
+        )
 
 
 def keep_freed_memory() -> bool:

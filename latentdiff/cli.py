@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import secrets
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from latentdiff import __version__, commands
+from latentdiff import __version__, commands, commands_training
+from latentdiff.arguments import number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
-from latentdiff.checkpoints.diffusers_scheduler import SAMPLER_CLASSES
+from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ _SHARED = (
     "height",
     "width",
     "dtype",
+    "ema",
+    "prediction",
 )
 
 _EXAMPLES = """examples:
@@ -65,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except (ValueError, OSError) as error:
         parser.error(_sentence(error))
+    except ImportError as error:
+        if error.name is not None:  # Python's own, of a broken installation; those of this package name an extra
+            raise
+        parser.error(_sentence(error))
     except KeyboardInterrupt:
         print("latentdiff: stopped", file=sys.stderr)
         return 130
@@ -85,6 +91,8 @@ def _parser() -> _Parser:
     commands.add_convert(chosen)
     commands.add_info(chosen)
     commands.add_export(chosen)
+    commands_training.add_train(chosen)
+    commands_training.add_evaluate(chosen)
 
     generate = chosen.add_parser(
         "generate",
@@ -96,27 +104,30 @@ def _parser() -> _Parser:
     )
     generate.set_defaults(run=_generate)
     add = generate.add_argument
-    add("prompt", nargs="*", type=_text, help="what to draw; several prompts make several pictures")
+    add("prompt", nargs="*", type=text, help="what to draw; several prompts make several pictures")
     add("--from", dest="source", metavar="PICTURE", help="take every setting that is not given here from this PNG")
     add("--preset", help=f"a shipped model ({', '.join(preset_names())}), a model directory or file; default: emoji")
     add("--output", default="out.png", metavar="PNG", help="default: out.png; several: out-0.png, out-1.png, ...")
-    add("--negative-prompt", type=_text, help="what to keep away from; default: nothing")
-    add("--num-images", type=_whole(1), default=1, help="pictures for each prompt; default: 1")
-    add("--num-steps", type=_whole(1), help="default: 25")
-    add("--guidance-scale", type=_number, help="how closely to follow the prompt; default: 5")
-    add("--seed", type=_whole(0), help="of the first picture, the next has one more; default: random")
+    add("--negative-prompt", type=text, help="what to keep away from; default: nothing")
+    add("--num-images", type=whole(1), default=1, help="pictures for each prompt; default: 1")
+    add("--num-steps", type=whole(1), help="default: 25")
+    add("--guidance-scale", type=number, help="how closely to follow the prompt; default: 5")
+    add("--seed", type=whole(0), help="of the first picture, the next has one more; default: random")
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own")
-    add("--height", type=_whole(1), help="in pixels; default: the model's own")
-    add("--width", type=_whole(1), help="in pixels; default: the model's own")
-    add("--batch-size", type=_whole(1), help="pictures made at a time; default: all")
+    add("--height", type=whole(1), help="in pixels; default: the model's own")
+    add("--width", type=whole(1), help="in pixels; default: the model's own")
+    add("--batch-size", type=whole(1), help="pictures made at a time; default: all")
     add("--dtype", choices=DTYPES, help="of the networks; default: chosen by the device")
+    add("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a single file; default: no")
+    add("--prediction", choices=tuple(PREDICTIONS.values()), help="what the UNet predicts, where no file says it")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show each step; default: yes")
     return parser
 
 
 def _generate(options: argparse.Namespace) -> None:
     prompts, settings = _settings(options)
-    open_source(resolve_preset(settings.preset))  # so that what cannot be opened is told at once
+    weights = {"ema": settings.ema, "prediction": settings.prediction}
+    open_source(resolve_preset(settings.preset), **weights)  # so that what cannot be opened is told at once
     total = len(prompts) * options.num_images
     seeds = range(settings.seed, settings.seed + total)
     outputs = _outputs(options.output, total)
@@ -130,7 +141,7 @@ def _generate(options: argparse.Namespace) -> None:
         _show_warning(
             f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
         )
-    pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype)
+    pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype, **weights)
     images = pipeline.generate(
         prompts,
         negative_prompt=settings.negative_prompt,
@@ -230,39 +241,6 @@ def _check_seeds(seeds: range) -> None:
 
     if seeds[-1] > MAX_SEED:
         raise ValueError(f"--seed must leave every picture's seed at most {MAX_SEED}. Received: {seeds[0]}.")
-
-
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(
-            f"must be text in {sys.getfilesystemencoding()}. Received: {value!r}"
-        ) from None
-    return value
-
-
-def _whole(minimum: int) -> Callable[[str], int]:
-    def whole(value: str) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            number = minimum - 1
-        if number < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number, at least {minimum}. Received: {value!r}")
-        return number
-
-    return whole
-
-
-def _number(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"must be a finite number. Received: {value!r}")
-    return number
 
 
 def _sentence(error: Exception) -> str:

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from latentdiff.arguments import number, whole
 from latentdiff.catalogue import preset_names, resolve_preset, weights_directory
 from latentdiff.checkpoints.diffusers import FILE_DTYPES
-from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS
+from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
 
 _CONVERT_EXAMPLES = """examples:
@@ -78,15 +79,18 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     add("--output", required=True, metavar="DIR", help="new; a SavedModel's ends in its version: models/emoji/1")
     add("--format", choices=("saved_model", "onnx", "openvino"), default="saved_model", help="default: saved_model")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the networks; default: chosen by the device")
-    add("--height", type=int, nargs="+", metavar="H", help="in pixels, one for each size; default: the model's own")
-    add("--width", type=int, nargs="+", metavar="W", help="in pixels, one for each size; default: the model's own")
-    add("--samplers", nargs="+", metavar="NAME", help="that a request may choose from; default: all")
-    add("--num-steps", type=int, default=25, help="of a request that names none; default: 25")
-    add("--guidance-scale", type=float, default=5.0, help="of a request that names none; default: 5")
-    add("--max-batch", type=int, default=16, help="pictures of one request; default: 16")
-    add("--max-steps", type=int, default=50, help="of one request; default: 50")
-    add("--max-prompt-bytes", type=int, default=2048, help="of one prompt; default: 2048")
-    add("--max-guidance-scale", type=float, default=100.0, help="of one request; default: 100")
+    add(
+        "--height", type=whole(1), nargs="+", metavar="H", help="in pixels, one for each size; default: the model's own"
+    )
+    add("--width", type=whole(1), nargs="+", metavar="W", help="in pixels, one for each size; default: the model's own")
+    names = ", ".join(SAMPLER_CLASSES)
+    add("--samplers", nargs="+", choices=SAMPLER_CLASSES, metavar="NAME", help=f"to choose from; default: {names}")
+    add("--num-steps", type=whole(1), default=25, help="of a request that names none; default: 25")
+    add("--guidance-scale", type=number, default=5.0, help="of a request that names none; default: 5")
+    add("--max-batch", type=whole(1), default=16, help="pictures of one request; default: 16")
+    add("--max-steps", type=whole(1), default=50, help="of one request; default: 50")
+    add("--max-prompt-bytes", type=whole(1), default=2048, help="of one prompt; default: 2048")
+    add("--max-guidance-scale", type=number, default=100.0, help="of one request; default: 100")
     add("--jit-compile", action="store_true", help="compile the networks with XLA, for a server with a GPU")
 
 
@@ -115,20 +119,19 @@ def _info(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     heights, widths = options.height or [None], options.width or [None]
-    if len(heights) != len(widths):
-        raise ValueError(f"--height and --width must name equally many sizes. Received: {heights}, {widths}.")
     networks_only = options.format != "saved_model"
-    if networks_only and len(heights) > 1:
-        raise ValueError(f"--format {options.format} writes networks of one size. Received: {len(heights)} sizes.")
+    _check_export(options, heights, widths)
     path = resolve_preset(options.preset)
     open_source(path)  # so that what cannot be opened is told before Keras is imported
 
     from latentdiff.cli import start_keras
 
     start_keras()
-    from latentdiff.export import export_networks, export_saved_model
+    from latentdiff.export import check_format, export_networks, export_saved_model
     from latentdiff.pipeline import TextToImage
 
+    if networks_only:
+        check_format(options.format)
     pipeline = TextToImage.from_preset(path, dtype="float32" if networks_only else options.dtype)
     if networks_only:
         export_networks(pipeline, options.output, options.format, height=heights[0], width=widths[0])
@@ -149,6 +152,29 @@ def _export(options: argparse.Namespace) -> None:
             licences=licences.read_text(encoding="utf-8") if licences.is_file() else "",
         )
     print(options.output)
+
+
+def _check_export(options: argparse.Namespace, heights: list, widths: list) -> None:
+    """What can be told of an export before a model is opened."""
+    output = Path(options.output)
+    if len(heights) != len(widths):
+        raise ValueError(f"--height and --width must name equally many sizes. Received: {heights}, {widths}.")
+    if options.format != "saved_model":
+        if len(heights) > 1:
+            raise ValueError(f"--format {options.format} writes networks of one size. Received: {len(heights)} sizes.")
+        if options.dtype not in (None, "float32"):
+            raise ValueError(f"--format {options.format} writes float32. Received: --dtype {options.dtype}.")
+    elif not output.name.isdecimal():
+        raise ValueError(f"--output must end in a version's number: models/emoji/1. Received: {options.output!r}.")
+    if output.exists():
+        raise ValueError(f"--output must not exist yet: a version is never replaced. Received: {options.output!r}.")
+    if options.num_steps > options.max_steps:
+        raise ValueError(
+            f"--num-steps must be at most --max-steps, {options.max_steps}. Received: {options.num_steps}."
+        )
+    if not 0 <= options.guidance_scale <= options.max_guidance_scale:
+        rule = f"--guidance-scale must lie in 0 .. --max-guidance-scale, {options.max_guidance_scale:g}"
+        raise ValueError(f"{rule}. Received: {options.guidance_scale:g}.")
 
 
 def _path(source: str, variant: str | None) -> Path:

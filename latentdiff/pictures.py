@@ -40,6 +40,8 @@ class Settings:
         height: in pixels, at least 1; None is the model's own, as for the next.
         width: in pixels, at least 1.
         dtype: that the networks computed in, such as "float32"; None is chosen by the device.
+        ema: whether the averaged weights of a single file were read.
+        prediction: that the UNet was told to have, such as "v"; None is what the model's files say.
         backend: Keras' backend, such as "tensorflow".
         version: of latentdiff.
 
@@ -57,6 +59,8 @@ class Settings:
     height: int | None = None
     width: int | None = None
     dtype: str | None = None
+    ema: bool = False
+    prediction: str | None = None
     backend: str | None = None
     version: str = __version__
 
@@ -72,6 +76,8 @@ class Settings:
             "height": lambda value: value is None or _is_int(value) and value >= 1,
             "width": lambda value: value is None or _is_int(value) and value >= 1,
             "dtype": lambda value: value is None or _is_text(value),
+            "ema": lambda value: isinstance(value, bool),
+            "prediction": lambda value: value is None or _is_text(value),
             "backend": lambda value: value is None or _is_text(value),
             "version": _is_text,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import default_dtype, to_numpy
+from latentdiff.backend import assign, default_dtype, to_numpy
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_pipeline
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
@@ -30,6 +30,7 @@ from latentdiff.diffusion.schedule import (
     with_zero_terminal_snr,
 )
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.image_encoder import CLIPImageEncoder
 from latentdiff.models.layers import blank_weights
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
@@ -44,6 +45,7 @@ _NETWORKS: dict[str, Callable[..., keras.Model]] = {
     "autoencoder": Autoencoder,
     "text_encoder": CLIPTextEncoder,
 }
+_CLASSES = {**_NETWORKS, "image_encoder": CLIPImageEncoder}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def load_pipeline(
         ValueError: the name or the dtype is unknown, or the files are malformed or ask for what cannot be done here.
         FileNotFoundError: a file is missing.
     """
-    dtype = _dtype(dtype)
+    dtype = chosen_dtype(dtype)
     source = open_source(resolve_preset(preset, variant=variant), ema=ema, prediction=prediction)
     settings = source.settings()
     try:
@@ -96,14 +98,14 @@ def load_pipeline(
         raise CheckpointError(f"`{source.path}` must describe a schedule. {error}") from error
     tokenizer = CLIPTokenizer(**source.tokenizer())
     # All files are opened and checked before the first network is built.
-    held = _held_dtype(dtype)
+    held = held_dtype(dtype)
     components = {kind: source.component(kind, dtype=held, variant=variant) for kind in _NETWORKS}
     check_fit({kind: component.config for kind, component in components.items()}, tokenizer.vocabulary_size)
     longest = components["text_encoder"].config["context_length"]
     if tokenizer.context_length > longest:
         tokenizer = CLIPTokenizer(**{**source.tokenizer(), "context_length": longest})
     size = source.sample_size() or (SAMPLE_SIZE, SAMPLE_SIZE)
-    networks = {kind: _network(component, dtype) for kind, component in components.items()}
+    networks = {kind: network_of(component, dtype) for kind, component in components.items()}
     return Parts(tokenizer, settings=settings, sample_size=size, **networks)  # pyright: ignore[reportArgumentType]
 
 
@@ -136,7 +138,10 @@ def load_autoencoder(
 def load_text_encoder(
     preset: str | os.PathLike, dtype: str | None = None, *, variant: str | None = None
 ) -> CLIPTextEncoder:
-    """The text encoder of a pipeline, or of a directory or a file of its own. Raises as `load_pipeline`."""
+    """The text encoder of a pipeline, or of a CLIPModel's directory, or of a directory or a file of its own.
+
+    Raises as `load_pipeline`.
+    """
     return _load("text_encoder", preset, dtype, variant)  # pyright: ignore[reportReturnType]
 
 
@@ -184,24 +189,29 @@ def save_pipeline(
             Path(directory),
             network.config,
             details[kind],
-            _Held(network),
+            HeldArrays(network),
             (),
         )
         for kind, network in networks.items()
     }
     diffusers_pipeline.check_pipeline(components, dtype, max_shard_size)
-    held = {keras.backend.standardize_dtype(v.dtype) for net in networks.values() for _, v in named_variables(net)}
+    warn_of_rounding(networks.values(), dtype, stacklevel=4)  # the caller of `save_to_preset`
+    with replaced_directory(directory, overwrite) as fresh:
+        diffusers_pipeline.write_pipeline(fresh, components, parts.settings, dtype, max_shard_size)
+        parts.tokenizer.save(fresh / "tokenizer")
+
+
+def warn_of_rounding(networks: Iterable[keras.Model], dtype: str | None, stacklevel: int) -> None:
+    """Warns where files of `dtype` would be wider than the weights that they are made of."""
+    held = {keras.backend.standardize_dtype(v.dtype) for net in networks for _, v in named_variables(net)}
     precision = 0 if dtype is None else _PRECISION[dtype]
     narrower = sorted(held & {name for name, bits in _PRECISION.items() if bits < precision})
     if narrower:
         warnings.warn(
             f"{dtype} files will hold weights that were rounded to {', '.join(narrower)}. "
             'To keep them whole, open the model with dtype="float32" before it is saved.',
-            stacklevel=3,  # the caller of `save_to_preset`
+            stacklevel=stacklevel,
         )
-    with replaced_directory(directory, overwrite) as fresh:
-        diffusers_pipeline.write_pipeline(fresh, components, parts.settings, dtype, max_shard_size)
-        parts.tokenizer.save(fresh / "tokenizer")
 
 
 def make_schedule(settings: SamplerSettings) -> Schedule:
@@ -230,7 +240,7 @@ def named_variables(network: keras.Model) -> Iterator[tuple[str, Any]]:
         yield from ((variable.path, variable) for variable in network.variables)
 
 
-class _Held(LazyArrays):
+class HeldArrays(LazyArrays):
     """A network's variables as arrays, each copied when it is asked for."""
 
     def __init__(self, network: keras.Model):
@@ -259,13 +269,13 @@ class _Held(LazyArrays):
 def _load(
     kind: str, preset: str | os.PathLike, dtype: str | None, variant: str | None, ema: bool = False, **changes: Any
 ) -> keras.Model:
-    dtype = _dtype(dtype)
+    dtype = chosen_dtype(dtype)
     source = open_source(resolve_preset(preset, [kind], variant), ema=ema)
-    component = source.component(kind, dtype=_held_dtype(dtype), variant=variant)
-    return _network(component, dtype, **changes)
+    component = source.component(kind, dtype=held_dtype(dtype), variant=variant)
+    return network_of(component, dtype, **changes)
 
 
-def _dtype(dtype: str | None) -> str:
+def chosen_dtype(dtype: str | None) -> str:
     """The policy that is asked for, or the device's."""
     if dtype is None:
         return default_dtype()
@@ -274,18 +284,19 @@ def _dtype(dtype: str | None) -> str:
     return dtype
 
 
-def _held_dtype(dtype: str) -> str:
+def held_dtype(dtype: str) -> str:
     """What a policy's variables are held in; weights are read as that, and checked to fit it."""
     return keras.DTypePolicy(dtype).variable_dtype
 
 
-def _network(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:
+def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:
+    """The network of a component's kind with its weights, whose configuration `changes` changes."""
     with blank_weights():
-        network = _NETWORKS[component.kind](**{**component.config, **changes}, dtype=dtype)
+        network = _CLASSES[component.kind](**{**component.config, **changes}, dtype=dtype)
     variables = dict(named_variables(network))
     if variables.keys() != component.weights.keys():
         differing = sorted(variables.keys() ^ component.weights.keys())
         raise ValueError(f"Every variable must have one array in the file. These do not: {', '.join(differing)}.")
     for path, variable in variables.items():
-        variable.assign(component.weights[path])
+        assign(variable, component.weights[path])
     return network

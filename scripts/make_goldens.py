@@ -1,9 +1,10 @@
-"""Makes `tests/goldens`: two tiny models and what diffusers and transformers say with them.
+"""Makes `tests/goldens`: two tiny models and a CLIP pair, and what diffusers and transformers say with them.
 
     python scripts/make_goldens.py [tests/goldens]
 
-Needs the extra with torch, diffusers and transformers. `tests/test_goldens.py` reads the result without them. The
-models' weights depend on the machine in their last bits, so models and arrays are always made together.
+Needs the extra with torch, diffusers and transformers. `tests/test_goldens.py` and `tests/test_clip_directory.py`
+read the result without them. The models' weights depend on the machine in their last bits, so models and arrays are
+always made together.
 """
 
 import argparse
@@ -54,6 +55,7 @@ def goldens(kind: str, directory: Path) -> dict[str, np.ndarray]:
 
 def main() -> None:
     import reference  # noqa: F401  (sets torch's threads)
+    import tiny_clip
     import tiny_pipelines
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -62,6 +64,7 @@ def main() -> None:
     for kind in tiny_pipelines.SCHEDULERS:
         tiny_pipelines.save(tiny_pipelines.build(kind), kind, directory / kind)
         np.savez_compressed(directory / f"{kind}.npz", **goldens(kind, directory / kind))
+    tiny_clip.save_goldens(directory / "clip")
 
 
 if __name__ == "__main__":

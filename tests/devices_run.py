@@ -14,7 +14,7 @@ import numpy as np
 import tiny_models
 from toy_training import EMPTY, ToyBatches, toy_training
 
-from latentdiff.backend import Compiled, is_first_process, number_of_processes, to_numpy
+from latentdiff.backend import Compiled, is_first_process, process, to_numpy
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.diffusion.schedule import scaled_linear_schedule
 from latentdiff.models.autoencoder import Autoencoder
@@ -112,7 +112,7 @@ def resumed_toy(directory):
         first = run.resume(model)
         model.fit(PartOfToyBatches(first, steps), callbacks=[run], shuffle=False, verbose=0)
     said = {**said_of(model, model.last_losses(STEPS)), "first": np.array(first)}
-    return said if number_of_processes() > 1 else {**said, "evaluated": evaluated(model)}
+    return said if process()[1] > 1 else {**said, "evaluated": evaluated(model)}
 
 
 def picture_of(unet):

@@ -36,6 +36,7 @@ MODEL_ARROWS = {
     "layers": set(),
     "tokenizer": set(),
     "text_encoder": {"layers"},
+    "image_encoder": {"layers"},
     "unet": {"layers"},
     "autoencoder": {"layers"},
 }
@@ -260,3 +261,8 @@ def test_imports_of_a_package_are_relative_to_itself():
 )
 def test_every_way_to_a_layer_is_seen(source):
     assert "layers" in keras_parts(source)
+
+
+def test_data_knows_no_noise_and_no_network():
+    for forbidden in ("latentdiff.diffusion", "latentdiff.models", "latentdiff.training"):
+        assert [module for module in floor("data") if reaches(module, forbidden)] == []

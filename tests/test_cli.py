@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ldm_files import save
 from PIL import Image
 
 from latentdiff import __version__, catalogue, cli, pictures
@@ -26,10 +27,12 @@ class Pipeline:
     def __init__(self):
         self.calls = []
         self.presets = []
+        self.weights = []
         self.error = None
 
-    def from_preset(self, preset, dtype=None):
+    def from_preset(self, preset, dtype=None, *, ema=False, prediction=None):
         self.presets.append((preset, dtype))
+        self.weights.append((ema, prediction))
         return self
 
     def generate(self, prompt, **arguments):
@@ -75,6 +78,7 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
     assert [path.name for path in here.iterdir()] == ["out.png"]
     assert np.asarray(Image.open("out.png")).shape == (8, 16, 3)
     assert pipeline.presets == [("emoji", None)]
+    assert pipeline.weights == [(False, None)]
     prompt, arguments = pipeline.calls[0]
     assert prompt == ["a red heart"]
     seed = arguments.pop("seed")
@@ -173,6 +177,30 @@ def test_one_of_several_pictures_is_made_again_with_its_own_seed(pipeline):
     assert (prompt, arguments["seed"], arguments["num_images"]) == (["a red heart"], 11, 1)
 
 
+@pytest.fixture
+def averaged_file(here):
+    """As little as is taken for a file of Stable Diffusion 2.x with averaged weights."""
+    names = ("model.diffusion_model.x", "first_stage_model.x", "cond_stage_model.model.x", "model_ema.x")
+    return str(save(here / "model.safetensors", {name: np.zeros(1, "float32") for name in names}))
+
+
+def test_weights_and_prediction_are_chosen_and_remembered(pipeline, averaged_file):
+    cli.main(["generate", "a red heart", "--preset", averaged_file, "--ema", "--prediction", "eps"])
+    made = read_settings("out.png")
+    assert (made.preset, made.ema, made.prediction) == (averaged_file, True, "eps")
+    cli.main(["generate", "--from", "out.png", "--output", "again.png"])
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+    cli.main(["generate", "--from", "out.png", "--no-ema", "--prediction", "v"])
+    assert pipeline.weights == [(True, "eps"), (True, "eps"), (False, "v")]
+
+
+def test_averaged_weights_that_are_not_there_are_told_before_keras_starts(capsys, monkeypatch, averaged_file):
+    monkeypatch.setattr(cli, "start_keras", lambda: pytest.fail("Keras was started"))
+    plain = save("plain.safetensors", {"first_stage_model.x": np.zeros(1, "float32")})
+    assert "`ema` needs averaged weights" in refusal(capsys, "generate", "heart", "--preset", plain, "--ema")
+    assert "A diffusers directory has one kind" in refusal(capsys, "generate", "heart", "--ema")
+
+
 def test_what_is_given_wins_over_what_the_picture_says(pipeline):
     cli.main(["generate", "a red heart", "--seed", "9", "--num-steps", "3", "--negative-prompt", "blue"])
     cli.main(["generate", "a star", "--from", "out.png", "--num-steps", "5", "--negative-prompt", "", "--seed", "0"])
@@ -215,11 +243,13 @@ def test_another_backend_than_the_pictures_is_said(pipeline, capsys, monkeypatch
         ("generate heart --batch-size none", "argument --batch-size: must be a whole number"),
         ("generate heart --sampler dpmpp_3m", "'dpmpp_2m'"),
         ("generate heart --dtype int8", "invalid choice: 'int8'"),
+        ("generate heart --prediction epsilon", "argument --prediction: invalid choice: 'epsilon'"),
         ("generate heart --num 2", "unrecognized arguments: --num"),
         ("generate --from missing.png", "No such file or directory: 'missing.png'"),
         ("generate --from model.ckpt", "must be a PNG file"),
         ("generate --from plain.png", "which has none"),
         ("generate --from strange.png", "a sampler unknown here: 'magic'"),
+        ("generate --from told.png", "`prediction` must be one of eps, v, x0. Received: prediction='noise'"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line_before_keras_starts(capsys, monkeypatch, here, arguments, said):
@@ -230,6 +260,7 @@ def test_bad_arguments_are_refused_in_one_line_before_keras_starts(capsys, monke
     white = np.full((4, 4, 3), 255, np.uint8)
     write_png("plain.png", white)
     write_png("strange.png", white, Settings(prompt="heart", preset="emoji", seed=0, sampler="magic"))
+    write_png("told.png", white, Settings(prompt="heart", preset="emoji", seed=0, prediction="noise"))
     before = sorted(here.iterdir())
     assert said in refusal(capsys, *arguments.split())
     assert sorted(here.iterdir()) == before
@@ -262,7 +293,7 @@ def test_an_interrupt_ends_without_a_traceback(pipeline, capsys, here):
 
 
 def test_warnings_are_one_line(pipeline, capsys, monkeypatch):
-    def from_preset(preset, dtype=None):
+    def from_preset(preset, **choices):
         warnings.warn("the prompt was\ncut off", UserWarning, stacklevel=2)
         return pipeline
 

@@ -24,27 +24,15 @@ import tensorflow as tf
 from c_api import INVALID_ARGUMENT, CApiError, ServedModel
 
 from latentdiff.export import export_saved_model
+from latentdiff.export.arrow import Arrow
 from latentdiff.export.sampler_book import make_book
 
 PROMPTS = ["a cat", "a red dog", ""]
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_pipe, tmp_path_factory):
-    """The directory of version 1, with a second size, default steps 3 and guidance 2."""
-    directory = tmp_path_factory.mktemp("models") / "tiny" / "1"
-    export_saved_model(
-        tiny_pipe,
-        directory,
-        sizes=[(8, 12), (4, 8)],
-        num_steps=3,
-        guidance_scale=2.0,
-        max_batch=8,
-        max_steps=60,
-        max_prompt_bytes=100,
-        licences="Made of random numbers.",
-    )
-    return directory
+def exported(tiny_saved_model):
+    return tiny_saved_model
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +89,13 @@ def test_book_holds_the_rows_of_every_table(tiny_pipe):
             assert book.initial_scale[k, steps] == np.float32(table.initial_scale)
             assert book.needs_noise[k] == (name in ("lcm", "ddpm"))
             assert book.clip[k] == (np.inf if own.clip is None else np.float32(own.clip))
+
+
+@pytest.mark.parametrize(("samplers", "max_steps"), [(SAMPLERS, 9), (("ddim",), 1)])
+def test_every_row_finds_its_matrix(samplers, max_steps, tiny_pipe):
+    book = make_book(SamplerSettings(sampler="ddim"), tiny_pipe.schedule, samplers, max_steps)
+    arrow = Arrow(tiny_pipe, book)
+    np.testing.assert_array_equal(arrow._matrix(arrow.rows["place"]), book.matrix)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

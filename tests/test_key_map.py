@@ -142,7 +142,14 @@ def test_keys_lead_to_their_variables(kind, config, key, path, foreign_shape, sh
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(
     ("layout", "foreign_shape", "axes"),
-    [("conv", (5, 4, 3, 2), (2, 3, 1, 0)), ("conv", (5, 4, 1, 1), (2, 3, 1, 0)), ("dense", (5, 4), (1, 0))],
+    [
+        ("conv", (5, 4, 3, 2), (2, 3, 1, 0)),
+        ("conv", (5, 4, 1, 1), (2, 3, 1, 0)),
+        ("conv", (150, 3, 2, 1), (2, 3, 1, 0)),
+        ("dense", (5, 4), (1, 0)),
+        ("dense", (150, 4), (1, 0)),
+        ("same", (150,), (0,)),
+    ],
 )
 def test_layouts_are_transpositions_and_come_back(layout, foreign_shape, axes, dtype):
     foreign = np.arange(np.prod(foreign_shape)).reshape(foreign_shape).astype(dtype)
@@ -152,6 +159,10 @@ def test_layouts_are_transpositions_and_come_back(layout, foreign_shape, axes, d
     assert result.flags.c_contiguous
     assert result.dtype == dtype
     assert np.array_equal(result, ours)
+    assert not np.shares_memory(result, foreign)  # a file's bytes can be read, and not written
+    half = entry.from_foreign(foreign, np.dtype("float16"))
+    assert half.dtype == np.float16
+    assert np.array_equal(half, ours.astype("float16"))
     assert entry.foreign_shape == foreign_shape
     assert np.array_equal(entry.to_foreign(result), foreign)
 
@@ -186,6 +197,15 @@ def test_numbers_that_are_not_finite_are_refused_by_name(stored, bad, target):
     values[1, 2] = bad
     with pytest.raises(CheckpointError, match="NaN or infinity in the tensor"):
         cast(values, as_dtype(target), "the tensor")
+
+
+@pytest.mark.parametrize("shape", [(2**18 + 1,), (150, 4)])
+def test_one_number_among_many_is_refused_by_name(shape):
+    values = np.zeros(shape, "float32")
+    values.reshape(-1)[-1] = np.nan
+    entry = Entry("x", ("x",), "same" if len(shape) == 1 else "dense", shape[::-1])
+    with pytest.raises(CheckpointError, match="NaN or infinity in the tensor"):
+        entry.from_foreign(values, np.dtype("float16"), "the tensor")
 
 
 def test_number_too_large_for_the_dtype_is_refused_by_name():

@@ -11,12 +11,13 @@ from tiny_models import numbers, randomize, relative_error, run, to_numpy
 from latentdiff.models import layers
 from latentdiff.models.layers import (
     AttentionBlock,
+    ClassToken,
+    CLIPLayer,
     Downsample,
     GroupNorm,
     PositionEmbedding,
     ResnetBlock,
     SpatialTransformer,
-    TextLayer,
     TimestepEmbedding,
     TransformerBlock,
     Upsample,
@@ -270,10 +271,11 @@ def test_attention_block_attends_over_all_positions():
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
-def test_text_layer_is_clips(activation):
+@pytest.mark.parametrize("causal", [True, False])
+def test_layer_is_clips(activation, causal):
     x = numbers(2, 5, 8)
-    layer, w = random_weights(TextLayer(8, 2, 16, activation, name="layer"), x.shape)
-    h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "attention", 2, causal=True)
+    layer, w = random_weights(CLIPLayer(8, 2, 16, activation, causal=causal, name="layer"), x.shape)
+    h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "attention", 2, causal)
     wide = layer_normalized(h, w, "norm_2") @ w["mlp_1/kernel"] + w["mlp_1/bias"]
     functions = {"quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)), "gelu": gelu, "gelu_tanh": gelu_tanh}
     wide = functions[activation](wide)
@@ -285,6 +287,15 @@ def test_position_embedding_adds_the_first_vectors():
     layer, weights = random_weights(PositionEmbedding(5, 4, name="positions"), (2, 3, 4))
     x = numbers(2, 3, 4)
     np.testing.assert_allclose(to_numpy(run(layer, x)), x + weights["embeddings"][:3], atol=1e-6)
+
+
+def test_class_token_goes_first():
+    layer, weights = random_weights(ClassToken(4, name="token"), (2, 3, 4))
+    x = numbers(2, 3, 4)
+    out = to_numpy(run(layer, x))
+    np.testing.assert_array_equal(out[:, 1:], x)
+    np.testing.assert_allclose(out[:, 0], np.broadcast_to(weights["embedding"], (2, 4)), rtol=1e-6)
+    assert layer.compute_output_shape((None, 3, 4)) == (None, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -299,10 +310,10 @@ def test_position_embedding_adds_the_first_vectors():
             lambda: SpatialTransformer(8, 3, groups=4),
             "`width` must be divisible by `heads`. Received: width=8, heads=3",
         ),
-        (lambda: TextLayer(8, 0, 16), "`width` must be divisible by `heads`. Received: width=8, heads=0."),
+        (lambda: CLIPLayer(8, 0, 16), "`width` must be divisible by `heads`. Received: width=8, heads=0."),
         (lambda: TransformerBlock(8, 2, gelu="relu"), "`gelu` must be one of exact, tanh. Received: gelu='relu'."),
         (
-            lambda: TextLayer(8, 2, 16, "relu"),
+            lambda: CLIPLayer(8, 2, 16, "relu"),
             "one of ['gelu', 'gelu_tanh', 'quick_gelu']. Received: activation='relu'.",
         ),
         (lambda: Downsample(8, "before"), '`padding` must be "all" or "after". Received: padding=\'before\'.'),
@@ -328,7 +339,8 @@ def test_bad_argument_is_told(make, message):
         Upsample(8),
         TimestepEmbedding(8, False, 1),
         PositionEmbedding(5, 8),
-        TextLayer(8, 2, 16, "gelu", 1e-6),
+        ClassToken(8),
+        CLIPLayer(8, 2, 16, "gelu", 1e-6, False),
     ],
     ids=lambda layer: type(layer).__name__,
 )

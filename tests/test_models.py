@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from tiny_models import TEXT_ENCODER, UNET, make, numbers, relative_error, run, to_numpy
 
+from latentdiff.backend import assign
 from latentdiff.checkpoints.diffusers import key_map
+from latentdiff.checkpoints.key_map import as_dtype
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.layers import blank_weights
 from latentdiff.models.text_encoder import CLIPTextEncoder
@@ -181,6 +183,50 @@ def test_keras_keeps_a_network_that_was_trained(kind, tmp_path):
     clone = keras.models.clone_model(network)
     clone.set_weights(network.get_weights())
     np.testing.assert_allclose(to_numpy(run(clone, inputs)), to_numpy(run(network, inputs)), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(7, 5), (3, 2, 4, 6), (40,), (0, 3)])
+@pytest.mark.parametrize("size", [1, 100, 2**26])
+def test_variable_holds_what_it_is_assigned_in_slices_of_any_size(shape, dtype, size):
+    variable = keras.Variable(initializer="ones", shape=shape, dtype=dtype)
+    value = numbers(*shape).astype(as_dtype(dtype))
+    assign(variable, value, size)
+    assert variable.dtype == dtype
+    np.testing.assert_array_equal(to_numpy(variable), value)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_keras_keeps_each_half_of_an_autoencoder(half, tmp_path):
+    network_class, config = NARROW["autoencoder"]
+    network = getattr(make(network_class, config), half)
+    inputs = numbers(1, 4, 6, 3 if half == "encoder" else 4)
+    expected = to_numpy(run(network, inputs))
+
+    other = keras.Model.from_config(network.get_config())
+    assert np.abs(to_numpy(run(other, inputs)) - expected).max() > 0.1
+    network.save_weights(tmp_path / "half.weights.h5")
+    other.load_weights(tmp_path / "half.weights.h5")
+    network.save(tmp_path / "half.keras")
+    for again in (other, keras.models.load_model(tmp_path / "half.keras")):
+        np.testing.assert_allclose(to_numpy(run(again, inputs)), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_keras_file_holds_what_low_ranks_have_added(tmp_path):
+    network_class, config = NARROW["text_encoder"]
+    network = make(network_class, config)
+    tokens = inputs_of("text_encoder", network)
+    before = to_numpy(run(network, tokens))
+    dense = network.get_layer("layer_0").mlp_1
+    dense.enable_lora(2)
+    dense.lora_kernel_b.assign(numbers(*dense.lora_kernel_b.shape))
+    expected = to_numpy(network(tokens))
+    assert np.abs(expected - before).max() > 0.01
+    network.save(tmp_path / "network.keras")
+    again = keras.models.load_model(tmp_path / "network.keras")
+    np.testing.assert_allclose(to_numpy(again(tokens)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

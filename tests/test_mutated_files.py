@@ -3,9 +3,11 @@
 Each case is one damage to a sound file, drawn from a seed, so that a case that fails can be made again.
 """
 
+import contextlib
 import json
 import random
 import shutil
+import tracemalloc
 
 import ldm_files
 import numpy as np
@@ -176,6 +178,26 @@ def test_damaged_weights_are_told_or_change_nothing(damage, sound, tmp_path):
         outcomes.add(assert_told_or_same(copy, expected, f"{damage.__name__} {seed} {path.name}"))
         shutil.rmtree(copy.parent)
     assert "told" in outcomes
+
+
+@pytest.mark.parametrize("damage", [flip_header, edit_entry], ids=lambda damage: damage.__name__)
+def test_damaged_weights_take_no_memory_beyond_their_size(damage, sound, tmp_path):
+    path, _ = sound
+    source = path if path.is_file() else min(path.glob("*.safetensors"))
+    content = source.read_bytes()
+    shutil.copytree(path, tmp_path / path.name) if path.is_dir() else shutil.copy(path, tmp_path)
+    copy = tmp_path / path.name
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+    for seed in range(CASES):
+        draw = random.Random(f"{damage.__name__} {seed}")
+        damaged = damage(draw, content, int.from_bytes(content[:8], "little"))
+        (copy if copy.is_file() else copy / source.name).write_bytes(damaged)
+        tracemalloc.start()
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            everything(copy)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2 * size + 2**21, f"{damage.__name__} {seed} {path.name}"
 
 
 @pytest.mark.parametrize("sound", ["directory", "shards"], indirect=True)

@@ -34,7 +34,7 @@ def no_networks(monkeypatch):
     def refuse(*arguments, **changes):
         raise AssertionError("a network was built")
 
-    monkeypatch.setattr(presets, "_network", refuse)
+    monkeypatch.setattr(presets, "network_of", refuse)
 
 
 def weights(network):
@@ -113,7 +113,7 @@ def test_one_of_several_variants_is_opened_when_it_is_asked_for(copied, tiny_pip
     assert all((weights(network)[path] == array).all() for path, array in weights(tiny_pipe.text_encoder).items())
 
     asked = []
-    monkeypatch.setattr(presets, "_network", lambda component, *_, **__: asked.append(component.kind))
+    monkeypatch.setattr(presets, "network_of", lambda component, *_, **__: asked.append(component.kind))
     ld.UNet.from_preset(copied, variant="fp16")
     ld.Autoencoder.from_preset(copied, variant="fp16")
     presets.load_pipeline(copied, variant="non_ema")

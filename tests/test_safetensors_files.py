@@ -1,8 +1,12 @@
 """Weights files: what is read, what is refused, and that what is written is what others read."""
 
+import ctypes
 import json
 import math
 import pickle
+import re
+import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +46,28 @@ def test_opening_maps_the_file_and_reads_no_numbers(tmp_path):
     view = open_file(tmp_path / "x.safetensors")["x"].view()
     assert not view.flags.writeable
     assert not view.flags.owndata
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what is mapped")
+def test_a_file_that_was_read_through_takes_no_memory(tmp_path):
+    arrays = {name: np.ones((300, 500), "float32") for name in "abc"}
+    safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
+    tensors = open_file(tmp_path / "x.safetensors")
+    resident = []
+    for tensor in tensors.values():
+        assert tensor.view().sum() == 150_000
+        before = resident_bytes(tmp_path / "x.safetensors")
+        tensor.release()
+        resident.append(resident_bytes(tmp_path / "x.safetensors"))
+        assert before - resident[-1] > 500_000
+    assert max(resident) < 100_000
+    assert tensors["a"].view().sum() == 150_000
+
+
+def resident_bytes(path):
+    """Of a mapped file, what is in this process's memory."""
+    maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    return sum(1024 * int(re.search(r"Rss:\s+(\d+) kB", text)[1]) for text in maps)
 
 
 @pytest.mark.parametrize(("code", "dtype"), [("F16", np.float16), ("BF16", ml_dtypes.bfloat16), ("F32", np.float32)])
@@ -255,6 +281,41 @@ def test_overwriting_keeps_what_stands_beside_the_model(tmp_path):
     with replaced_directory(model, overwrite=True) as fresh:
         write_files(fresh, "model_index.json", "unet/config.json", text="new")
     assert files_of(model) == {"model_index.json": "new", "unet/config.json": "new", **dict.fromkeys(beside, "old")}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "renameat2"), reason="the system swaps no directories")
+def test_a_model_is_there_at_every_moment_of_being_overwritten(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    write_files(model, "model_index.json", "README.md")
+    seen = []
+
+    def call(method):
+        def watched(*arguments, **choices):
+            result = method(*arguments, **choices)
+            seen.append((model / "model_index.json").read_text())
+            return result
+
+        return watched
+
+    for place, name in ((Path, "rename"), (Path, "mkdir"), (shutil, "rmtree")):
+        monkeypatch.setattr(place, name, call(getattr(place, name)))
+    with replaced_directory(model, overwrite=True) as fresh:
+        write_files(fresh, "model_index.json", text="new")
+    assert seen[0] == "old" and seen[-1] == "new"
+    assert files_of(model) == {"model_index.json": "new", "README.md": "old"}
+
+
+def test_a_model_is_overwritten_where_directories_cannot_be_swapped(tmp_path, monkeypatch):
+    def no_library(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    write_files(tmp_path / "model", "model_index.json", "unet/old.bin", "README.md")
+    with replaced_directory(tmp_path / "model", overwrite=True) as fresh:
+        write_files(fresh, "model_index.json", "unet/config.json", text="new")
+    found = {"model_index.json": "new", "unet/config.json": "new", "README.md": "old"}
+    assert files_of(tmp_path / "model") == found
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -173,3 +173,21 @@ def test_bad_arguments_are_told(arguments):
     unet, text_encoder = toy_networks()
     with pytest.raises(ValueError, match="Received: "):
         DiffusionTraining(unet, text_encoder, GaussianDiffusion(scaled_linear_schedule()), EMPTY, **arguments)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_loss_is_scaled_where_the_networks_compute_in_float16(policy):
+    latent = keras.Input((2, 2, 4), name="latent")
+    inputs = {
+        "latent": latent,
+        "timestep": keras.Input((), name="timestep"),
+        "context": keras.Input((3, 5), name="context"),
+    }
+    unet = keras.Model(inputs, keras.layers.Dense(4, dtype=policy)(latent))
+    model = DiffusionTraining(unet, None, GaussianDiffusion(scaled_linear_schedule()), np.zeros((3, 5)), ema_decay=0.5)
+    model.compile(optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
+    for _ in range(2):
+        model.train_on_batch({"latent": numbers(4, 2, 2, 4), "context": numbers(4, 3, 5)})
+    assert {v.dtype for v in (*model.trainable_variables, *model.averages)} == {"float32"}
+    assert int(model.updates) == 2 and np.isfinite(model.last_losses(2)).all()

@@ -209,21 +209,33 @@ def write_component(
     """
     fields = config_fields(kind, config, dtype, details)
     entries = sorted(key_map(kind, config), key=lambda entry: entry.keys[0])
-    _check_arrays(entries, arrays)
-    dtypes = {entry.path: as_dtype(dtype) or dtype_of(arrays, entry.path) for entry in entries}
+    check_arrays(entries, arrays)
     if (Path(directory) / "model_index.json").is_file():
         raise FileExistsError(
             f"A component has a directory of its own. `{directory}` is a whole pipeline's, with `{KINDS[kind].folder}`."
         )
     with replaced_directory(directory, overwrite) as fresh:
         write_json(fresh / "config.json", fields)
-        write_weights(
-            fresh,
-            KINDS[kind].stem,
-            {entry.keys[0]: (_CODES[dtypes[entry.path]], entry.foreign_shape) for entry in entries},
-            (_foreign(entry, arrays, dtypes[entry.path]) for entry in entries),
-            max_shard_size,
-        )
+        write_arrays(fresh, KINDS[kind].stem, entries, arrays, dtype, max_shard_size)
+
+
+def write_arrays(
+    directory: Path,
+    stem: str,
+    entries: list[Entry],
+    arrays: Mapping[str, Any],
+    dtype: str | None,
+    max_shard_size: int | str | None,
+) -> None:
+    """Writes the weights' files of a key map, in its order; `arrays` have passed `check_arrays`."""
+    dtypes = {entry.path: as_dtype(dtype) or dtype_of(arrays, entry.path) for entry in entries}
+    write_weights(
+        directory,
+        stem,
+        {entry.keys[0]: (_CODES[dtypes[entry.path]], entry.foreign_shape) for entry in entries},
+        (_foreign(entry, arrays, dtypes[entry.path]) for entry in entries),
+        max_shard_size,
+    )
 
 
 def _class_names(values: Mapping[str, Any]) -> list[Any]:
@@ -246,7 +258,12 @@ def _foreign(entry: Entry, arrays: Mapping[str, Any], dtype: np.dtype) -> np.nda
     return array.reshape(entry.foreign_shape)
 
 
-def _check_arrays(entries: list[Entry], arrays: Mapping[str, Any]) -> None:
+def check_arrays(entries: list[Entry], arrays: Mapping[str, Any]) -> None:
+    """Checks that `arrays` are exactly those of a key map.
+
+    Raises:
+        ValueError: If they are not; all that differ are named.
+    """
     wanted = {entry.path: entry.shape for entry in entries}
     problems = [f"missing: {path} {shape}" for path, shape in wanted.items() if path not in arrays]
     problems += [f"left over: {path}" for path in arrays if path not in wanted]

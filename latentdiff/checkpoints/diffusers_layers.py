@@ -27,6 +27,18 @@ def norm(key: str, path: str, width: int) -> list[Entry]:
     ]
 
 
+def clip_layer(key: str, path: str, width: int, mlp_width: int) -> list[Entry]:
+    """A layer of CLIP's transformers, of the text's or of the image's."""
+    entries = norm(f"{key}.layer_norm1", f"{path}/norm_1", width)
+    entries += dense(f"{key}.self_attn.q_proj", f"{path}/attention/query", width, width)
+    entries += dense(f"{key}.self_attn.k_proj", f"{path}/attention/key", width, width)
+    entries += dense(f"{key}.self_attn.v_proj", f"{path}/attention/value", width, width)
+    entries += dense(f"{key}.self_attn.out_proj", f"{path}/attention/out", width, width)
+    entries += norm(f"{key}.layer_norm2", f"{path}/norm_2", width)
+    entries += dense(f"{key}.mlp.fc1", f"{path}/mlp_1", width, mlp_width)
+    return entries + dense(f"{key}.mlp.fc2", f"{path}/mlp_2", mlp_width, width)
+
+
 def resnet(key: str, path: str, inputs: int, outputs: int, time: int | None = None) -> list[Entry]:
     """A residual block, told the time by a dense layer of `time` inputs where there is one."""
     entries = norm(f"{key}.norm1", f"{path}/norm_1", inputs)

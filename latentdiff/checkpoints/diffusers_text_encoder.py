@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from latentdiff.checkpoints.diffusers_layers import dense, norm
+from latentdiff.checkpoints.diffusers_layers import clip_layer, norm
 from latentdiff.checkpoints.fields import Fields, require_arguments
 from latentdiff.checkpoints.files import CheckpointError
 from latentdiff.checkpoints.key_map import Entry
@@ -36,7 +36,7 @@ _DEFAULTS = {
     "model_type": "clip_text_model",
 }
 # transformers' names; of equal ones the first is written.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -59,7 +59,7 @@ def read_config(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any],
         "depth": fields.count("num_hidden_layers", high=256),
         "heads": fields.count("num_attention_heads", high=2**10),
         "mlp_width": fields.count("intermediate_size", high=2**18),
-        "activation": fields.choice("hidden_act", _ACTIVATIONS),
+        "activation": fields.choice("hidden_act", ACTIVATIONS),
         "norm_epsilon": fields.number("layer_norm_eps", high=1.0),
     }
     fields.require("model_type", "clip_text_model")
@@ -92,7 +92,7 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
-        "hidden_act": next(name for name, activation in _ACTIVATIONS.items() if activation == config["activation"]),
+        "hidden_act": written_activation(config["activation"]),
         "hidden_size": config["width"],
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
@@ -107,6 +107,11 @@ def write_config(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[
         "vocab_size": config["vocabulary_size"],
         **stated,
     }
+
+
+def written_activation(activation: str) -> str:
+    """transformers' name of an activation here; of equal ones the first."""
+    return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
 
 
 def key_map(config: Mapping[str, Any]) -> list[Entry]:
@@ -127,15 +132,7 @@ def key_map(config: Mapping[str, Any]) -> list[Entry]:
         ),
     ]
     for i in range(config["depth"]):
-        key, path = f"encoder.layers.{i}", f"layer_{i}"
-        entries += norm(f"{key}.layer_norm1", f"{path}/norm_1", width)
-        entries += dense(f"{key}.self_attn.q_proj", f"{path}/attention/query", width, width)
-        entries += dense(f"{key}.self_attn.k_proj", f"{path}/attention/key", width, width)
-        entries += dense(f"{key}.self_attn.v_proj", f"{path}/attention/value", width, width)
-        entries += dense(f"{key}.self_attn.out_proj", f"{path}/attention/out", width, width)
-        entries += norm(f"{key}.layer_norm2", f"{path}/norm_2", width)
-        entries += dense(f"{key}.mlp.fc1", f"{path}/mlp_1", width, config["mlp_width"])
-        entries += dense(f"{key}.mlp.fc2", f"{path}/mlp_2", config["mlp_width"], width)
+        entries += clip_layer(f"encoder.layers.{i}", f"layer_{i}", width, config["mlp_width"])
     entries += norm("final_layer_norm", "final_norm", width)
     return [replace(entry, keys=(PREFIX + entry.keys[0], entry.keys[0])) for entry in entries]
 

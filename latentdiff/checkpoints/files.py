@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -116,13 +117,7 @@ def replaced_directory(target: str | os.PathLike, overwrite: bool = False) -> It
         return
     written = set(os.listdir(fresh))
     stems = [_weights_of_stem(name.removesuffix(".safetensors")) for name in written if name.endswith(".safetensors")]
-    former = target.with_name(f".{target.name}.{mark}.old")
-    target.rename(former)
-    try:
-        fresh.rename(target)
-    except BaseException:
-        former.rename(target)
-        raise
+    former = _swap(fresh, target, target.with_name(f".{target.name}.{mark}.old"))
     for entry in former.iterdir():
         if entry.name not in written and not any(pattern.fullmatch(entry.name) for pattern in stems):
             entry.rename(target / entry.name)
@@ -167,6 +162,27 @@ def _weights_of_stem(stem: str) -> re.Pattern[str]:
     """Names of a stem's weights of any variant, shard and format, and of their indices."""
     suffixes = "|".join(re.escape(suffix) for suffix in WEIGHT_SUFFIXES)
     return re.compile(rf"{re.escape(stem)}([.-][A-Za-z0-9_-]+)?({suffixes})(\.index(\.\w+)?\.json)?")
+
+
+def _swap(fresh: Path, target: Path, aside: Path) -> Path:
+    """Puts `fresh` in the place of `target`, which is then where the result says: at `fresh`, or `aside`.
+
+    Linux swaps the two in one step, so that a crash finds one or the other there; elsewhere it takes two renames.
+    """
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # macOS, Windows, an old C library
+        renameat2 = None
+    if renameat2 and renameat2(here, os.fsencode(fresh), here, os.fsencode(target), exchange) == 0:
+        return fresh
+    target.rename(aside)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    return aside
 
 
 def _sync_directory(path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from latentdiff.checkpoints import clip_directory
 from latentdiff.checkpoints.diffusers import KINDS
 from latentdiff.checkpoints.files import PICKLE_SUFFIXES, CheckpointError, pickle_message
 
@@ -63,19 +64,22 @@ def wanted_files(parts: Collection[str] | None = None, variant: str | None = Non
     """Patterns of the files that parts of a model are read from.
 
     Args:
-        parts: Of "unet", "autoencoder", "text_encoder" and "tokenizer"; a part may also be all of its repository. None
-            is a whole pipeline.
+        parts: Of "unet", "autoencoder", "text_encoder" and "tokenizer", which may also be all of their repository, or
+            "clip", a CLIPModel with its tokenizer. None is a whole pipeline.
         variant: Of the weights, for example "fp16"; None is the plain files.
     """
     files = ["model_index.json"]
     folders = {name: f"{kind.folder}/" for name, kind in KINDS.items()} | {"tokenizer": "tokenizer/"}
     for name in folders if parts is None else parts:
-        names = list(TOKENIZER_FILES)
-        if name in KINDS:
-            stem, middle = KINDS[name].stem, f".{variant}" if variant else ""
-            names = ["config.json", f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json"]
+        names: list[str] = list(TOKENIZER_FILES) if name in ("tokenizer", "clip") else []
+        if name != "tokenizer":
+            stem = KINDS[name].stem if name in KINDS else clip_directory.STEM
+            middle = f".{variant}" if variant else ""
+            names += ["config.json", f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json"]
             names.append(f"{stem}{middle}-?????-of-?????.safetensors")
-        for place in (folders[name],) if parts is None else (folders[name], ""):
+        if name == "clip":
+            names.append(clip_directory.PREPROCESSOR_FILE)
+        for place in (folders[name],) if parts is None else dict.fromkeys((folders.get(name, ""), "")):
             files += [place + file for file in names]
     return files + (["scheduler/scheduler_config.json"] if parts is None else [])
 

@@ -25,6 +25,7 @@ import numpy as np
 from latentdiff.checkpoints.files import PICKLE_SUFFIXES, CheckpointError, parse_json, pickle_message, read_json
 
 HEADER_LIMIT = 100_000_000  # bytes, the format's own bound
+_AROUND = 2**16  # bytes; Linux maps the pages around one that is asked for, up to so many
 ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -94,6 +95,16 @@ class StoredTensor:
         dtype = FLOATS[self.code]
         size = math.prod(self.shape) * dtype.itemsize
         return self._content[self._begin : self._begin + size].view(dtype).reshape(self.shape)
+
+    def release(self) -> None:
+        """Gives back the memory that the file's bytes were mapped into; a later look reads them from the file again.
+
+        Without that, a process seems to hold all of a file that it has read through.
+        """
+        mapped = getattr(self._content.base, "obj", None)
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and self.end > self.begin:
+            begin = max(self.begin - _AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, begin, self.end + _AROUND - begin)
 
     def integer(self) -> int | None:
         """The number of a tensor that is one I64 or I32; None of any other."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from latentdiff.checkpoints.clip_directory import CLIPDirectory, is_clip
 from latentdiff.checkpoints.diffusers import Component
 from latentdiff.checkpoints.diffusers_directory import DiffusersDirectory
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SamplerSettings
@@ -116,4 +117,6 @@ def open_source(path: str | os.PathLike, *, ema: bool = False, prediction: str |
         return KerasCV(path, ema=ema, prediction=prediction)
     if path.is_file():
         return LDMFile(path, ema=ema, prediction=prediction)
+    if is_clip(path):
+        return CLIPDirectory(path, ema=ema, prediction=prediction)
     return DiffusersDirectory(path, ema=ema, prediction=prediction)

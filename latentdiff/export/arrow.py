@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
@@ -28,15 +29,22 @@ class Arrow:
         jit_compile: whether a network's evaluation is compiled by XLA.
 
     Attributes:
-        rows: the book's longest columns, as variables.
+        rows: the book's longest columns, as variables, and the distinct matrices that `place` counts.
     """
 
     def __init__(self, pipeline: TextToImage, book: SamplerBook, jit_compile: bool = False):
         self.pipeline, self.book = pipeline, book
         self.clips = bool((book.clip < float("inf")).any())
         # As variables they lie in the SavedModel once; as constants they would in every function that reads them.
-        columns = {"timestep": book.timestep, "signal": book.signal, "noise": book.noise, "matrix": book.matrix}
-        self.rows = {name: tf.Variable(column, trainable=False, name=name) for name, column in columns.items()}
+        # Of the matrices each is held once, and of its entries those that are not the same in all.
+        matrices, places = np.unique(book.matrix.reshape(len(book.matrix), -1), axis=0, return_inverse=True)  # (M, 28)
+        self._first, self._varies = matrices[0], (matrices != matrices[0]).any(axis=0)
+        self._varies[0] = True  # in a book of one row too
+        columns = {"timestep": book.timestep, "signal": book.signal, "noise": book.noise}
+        columns |= {"place": places.reshape(-1).astype("int32"), "matrix": matrices[:, self._varies]}
+        self.rows = {
+            name: tf.Variable(tf.constant(column), trainable=False, name=name) for name, column in columns.items()
+        }
         self._evaluate = tf.function(self._network, jit_compile=jit_compile, autograph=False)
 
     def encode(self, tokens: Any) -> Any:
@@ -80,8 +88,9 @@ class Arrow:
         def body(i, state):
             going = i < num_rows  # (B,)
             row = first + tf.minimum(i, num_rows - 1)  # (B,)
-            timestep, signal, noise, matrix = (tf.gather(column, row) for column in self.rows.values())
-            matrix = tf.where(going[:, None, None], matrix, still)  # (B, 4, 7)
+            columns = (self.rows[name] for name in ("timestep", "signal", "noise", "place"))
+            timestep, signal, noise, place = (tf.gather(column, row) for column in columns)  # (B,)
+            matrix = tf.where(going[:, None, None], self._matrix(place), still)  # (B, 4, 7)
             output = tf.cond(
                 tf.reduce_any(guided & going),
                 lambda: self._guided(state[0], timestep, both, scale, guided),
@@ -100,6 +109,12 @@ class Arrow:
         last = tf.reduce_max(num_rows)
         _, state = tf.while_loop(lambda i, _: i < last, body, (tf.constant(0), state), parallel_iterations=1)
         return state[0]
+
+    def _matrix(self, place: Any) -> Any:
+        """The matrices (B, 4, 7) at places (B,) among the distinct ones."""
+        varying = tf.gather(self.rows["matrix"], place)  # (B, V)
+        spread = np.maximum(np.cumsum(self._varies) - 1, 0)  # (28,)
+        return tf.reshape(tf.where(self._varies, tf.gather(varying, spread, axis=1), self._first), (-1, 4, 7))
 
     def _network(self, latent: Any, timestep: Any, context: Any) -> Any:
         inputs = {"latent": latent, "timestep": timestep, "context": context}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from typing import Any
 
 import keras
@@ -21,6 +22,7 @@ from latentdiff.checkpoints.files import replaced_directory
 from latentdiff.pipeline import TextToImage
 
 FORMATS = {"onnx": (".onnx", ("tf2onnx", "onnx")), "openvino": (".xml", ("openvino",))}
+ONNX_BYTES = 2**31 - 1  # of one file, which is one message of protobuf
 
 
 def export_networks(
@@ -41,20 +43,14 @@ def export_networks(
         width: in pixels; None is the model's own.
 
     Raises:
-        ValueError: another format, a wrong size, another dtype, or Keras' backend is not TensorFlow.
+        ValueError: another format, a wrong size, another dtype, a network too large for the format, or Keras' backend
+            is not TensorFlow.
         ImportError: the format's package is missing.
         FileExistsError: the directory holds something.
     """
-    if format not in FORMATS:
-        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: format={format!r}.")
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(f"An export needs KERAS_BACKEND=tensorflow. Received: {keras.backend.backend()}.")
+    suffix = check_format(format)
     if pipeline.dtype != "float32":
         raise ValueError(f'Networks are exported in dtype="float32". Received: {pipeline.dtype}.')
-    suffix, packages = FORMATS[format]
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f'format="{format}" needs {" and ".join(missing)}: pip install "latentdiff[{format}]".')
     shape = pipeline.latent_shape(height, width)
     factor, length = pipeline.autoencoder.factor, pipeline.tokenizer.context_length
     tokens = keras.Input((length,), dtype="int32", name="tokens")
@@ -69,19 +65,57 @@ def export_networks(
         "vae_decoder": keras.Model(latent, pipeline.autoencoder.decoder(latent)),
     }
     if format == "onnx":
+        for name, network in networks.items():
+            if 4 * network.count_params() > ONNX_BYTES:
+                rule = f"An ONNX file holds at most {ONNX_BYTES:,} bytes"
+                raise ValueError(f"{rule}. Received: {name} with {network.count_params():,} parameters.")
         _teach_erfc()
-    with replaced_directory(directory) as fresh:
+    with replaced_directory(directory) as fresh, warnings.catch_warnings():
+        # Keras asks NumPy for a name that it has no longer, before it gives it to tf2onnx.
+        warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)
         for name, network in networks.items():
             specs = [keras.InputSpec(dtype=i.dtype, shape=i.shape, name=i.name) for i in network.inputs]
             signature = [specs] if len(specs) > 1 else specs
             path = str(fresh / f"{name}{suffix}")
             network.export(path, format=format, input_signature=signature, verbose=False)
+            if format == "openvino":
+                _keep_first_output(path)
+
+
+def check_format(format: str) -> str:
+    """The suffix of a format's files, once it is known that it can be written.
+
+    Raises:
+        ValueError: another format, or Keras' backend is not TensorFlow.
+        ImportError: the format's package is missing.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Received: format={format!r}.")
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(f"An export needs KERAS_BACKEND=tensorflow. Received: {keras.backend.backend()}.")
+    suffix, packages = FORMATS[format]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f'format="{format}" needs {" and ".join(missing)}: pip install "latentdiff[{format}]".')
+    return suffix
+
+
+def _keep_first_output(path: str) -> None:
+    """Leaves the network's own output alone: OpenVINO makes one of every end that TensorFlow's graph leaves loose."""
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file is written over
+    model = core.read_model(path)
+    for result in model.get_results()[1:]:
+        model.remove_result(result)
+    openvino.serialize(model, path)
 
 
 def _teach_erfc() -> None:
     """Tells tf2onnx of erfc, which TensorFlow makes of the exact GELU and which ONNX does not have: 1 - erf."""
-    from tf2onnx import utils
-    from tf2onnx.handler import tf_op
+    from tf2onnx import utils  # pyright: ignore[reportMissingImports]
+    from tf2onnx.handler import tf_op  # pyright: ignore[reportMissingImports]
 
     class Erfc:
         @classmethod

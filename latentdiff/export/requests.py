@@ -65,7 +65,7 @@ def shaped(tensors: Mapping[str, Any]) -> dict[str, Any]:
     checks, unknown = [], {}
     for name, tensor in tensors.items():
         # Otherwise the promise makes the check a constant.
-        unknown[name] = tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=tf.TensorShape(None))
+        unknown[name] = tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=tf.TensorShape(None))  # pyright: ignore[reportArgumentType]
         wanted, found = tensor.shape.as_list(), tf.shape(unknown[name])
         words = ", ".join(["B", *map(str, wanted[1:])]) + ("," if len(wanted) == 1 else "")
         same_rank = tf.equal(tf.size(found), len(wanted))

@@ -27,7 +27,7 @@ def export_saved_model(
     pipeline: TextToImage,
     directory: str | os.PathLike,
     *,
-    sizes: Sequence[tuple[int, int]] = (),
+    sizes: Sequence[tuple[int | None, int | None]] = (),
     samplers: Sequence[str] = SAMPLERS,
     num_steps: int = 25,
     guidance_scale: float = 5.0,

@@ -64,7 +64,7 @@ class Signatures:
         guidance_scale: float,
     ):
         self.arrow, self.tokenize, self.limits = arrow, tokenizer, limits
-        self.module = tf.Module()
+        self.module: Any = tf.Module()
         self.module.tokenizer = tokenizer
         self.module.rows = list(arrow.rows.values())
         pipeline = arrow.pipeline
@@ -80,6 +80,7 @@ class Signatures:
             "guidance_scale": tf.constant([guidance_scale], tf.float32),
             "sampler": tf.constant([own if own in arrow.book.samplers else arrow.book.samplers[0]]),
         }
+        self._context = _traced(self._encode, tf.TensorSpec([None], tf.string))
         self.functions: dict[str, Callable[..., Any]] = {}
         for place, (height, width) in enumerate(sizes):
             self._add(height, width, f"_{height}x{width}" if place else "")
@@ -105,13 +106,15 @@ class Signatures:
             sampler=default["sampler"],
         ):
             settings = {"seed": seed, "num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler}
-            return self._generate(shape, prompt, negative_prompt, settings)
+            return self._generate(shape, png, prompt, negative_prompt, settings)
 
+        # What several signatures call is a function of its own, which the SavedModel holds once.
         latents = tf.TensorSpec([None, *shape])
+        png = _traced(self._png, latents)
         contexts = tf.TensorSpec([None, length, width_of_context])
         traced = {
             "generate": _traced(generate, strings, strings, long, whole, numbers, strings),
-            "decode": _traced(lambda latent: self._decode(latent), latents),
+            "decode": _traced(lambda latent: self._decode(png, latent), latents),
             "encode_image": _traced(lambda image_bytes: self._encode_image(image_bytes, height, width), strings),
             "denoise": _traced(
                 lambda latent, timestep, context: self._denoise(latent, timestep, context), latents, numbers, contexts
@@ -124,7 +127,7 @@ class Signatures:
             )
             self.functions["encode_text"] = _traced(lambda prompt: self._encode_text(prompt), strings)
 
-    def _generate(self, shape, prompt, negative_prompt, settings) -> dict[str, Any]:
+    def _generate(self, shape, png, prompt, negative_prompt, settings) -> dict[str, Any]:
         inputs = shaped({"prompt": prompt, "negative_prompt": negative_prompt, **settings})
         settings = {name: inputs[name] for name in settings}
         size, checks = batch_of(inputs, self.limits)
@@ -142,7 +145,7 @@ class Signatures:
             each["guidance_scale"],
             shape,
         )
-        return {"image_bytes": self._png(latent), "seed": seed}
+        return {"image_bytes": png(latent), "seed": seed}
 
     def _encode_text(self, prompt) -> dict[str, Any]:
         inputs = shaped({"prompt": prompt})
@@ -158,11 +161,11 @@ class Signatures:
         context = tf.cast(context, self.arrow.pipeline.text_encoder.compute_dtype)
         return {"prediction": self.arrow.denoise(latent, timestep, context)}
 
-    def _decode(self, latent) -> dict[str, Any]:
+    def _decode(self, png, latent) -> dict[str, Any]:
         inputs = shaped({"latent": latent})
         _, checks = batch_of(inputs, self.limits)
         latent = checked(inputs, checks)["latent"]
-        return {"image_bytes": self._png(latent)}
+        return {"image_bytes": png(latent)}
 
     def _encode_image(self, image_bytes, height: int, width: int) -> dict[str, Any]:
         inputs = shaped({"image_bytes": image_bytes})
@@ -185,7 +188,7 @@ class Signatures:
         latent = pipeline.autoencoder.encode(tf.cast(images, tf.float32) / 127.5 - 1)
         return {"latent": tf.cast(latent, tf.float32)}
 
-    def _context(self, prompt) -> tuple[Any, Any]:
+    def _encode(self, prompt) -> tuple[Any, Any]:
         tokens = self.tokenize(prompt)
         return tokens, self.arrow.encode(tokens)
 

@@ -553,8 +553,36 @@ class PositionEmbedding(Block):
 
 
 @register
-class TextLayer(Block):
-    """One layer of CLIP's text transformer: causal self-attention and an MLP, each behind a norm and added.
+class ClassToken(Block):
+    """A learnt vector, put before a sequence, in which a transformer gathers what the whole sequence says.
+
+    Args:
+        width: D.
+
+    Reference: Dosovitskiy et al. 2021, eq. 1, arXiv:2010.11929.
+    """
+
+    def __init__(self, width: int, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        self.width = width
+        self.initializer = embedding_initializer()
+
+    def build(self, x_shape):
+        self.embedding = self.add_weight((self.width,), self.initializer, name="embedding")
+
+    def call(self, x):
+        """x: (B, N, D) -> (B, 1 + N, D)."""
+        first = ops.broadcast_to(ops.cast(self.embedding, x.dtype), (ops.shape(x)[0], 1, self.width))
+        return ops.concatenate([first, x], axis=1)
+
+    def compute_output_shape(self, x_shape):
+        batch, length, width = x_shape
+        return (batch, None if length is None else 1 + length, width)
+
+
+@register
+class CLIPLayer(Block):
+    """One layer of CLIP's transformers: self-attention and an MLP, each behind a norm and added.
 
     Args:
         width: D.
@@ -562,6 +590,7 @@ class TextLayer(Block):
         mlp_width: width between the two dense layers.
         activation: "quick_gelu" (CLIP), "gelu" (OpenCLIP) or "gelu_tanh" (KerasCV's OpenCLIP).
         norm_epsilon: epsilon of the norms.
+        causal: whether a position sees only those up to itself, as in the text's transformer and not in the image's.
 
     Raises:
         ValueError: unknown `activation`, or `heads` does not divide `width`.
@@ -570,7 +599,15 @@ class TextLayer(Block):
     """
 
     def __init__(
-        self, width: int, heads: int, mlp_width: int, activation="quick_gelu", norm_epsilon=1e-5, name=None, dtype=None
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        activation: str = "quick_gelu",
+        norm_epsilon: float = 1e-5,
+        causal: bool = True,
+        name=None,
+        dtype=None,
     ):
         super().__init__(locals(), name=name, dtype=dtype)
         if activation not in ACTIVATIONS:
@@ -578,7 +615,7 @@ class TextLayer(Block):
         policy = self.dtype_policy
         self.activation = ACTIVATIONS[activation]
         self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
-        self.attention = Attention(width, heads, use_bias=True, causal=True, name="attention", dtype=policy)
+        self.attention = Attention(width, heads, use_bias=True, causal=causal, name="attention", dtype=policy)
         self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
         self.mlp_1 = dense(mlp_width, "mlp_1", policy)
         self.mlp_2 = dense(width, "mlp_2", policy)

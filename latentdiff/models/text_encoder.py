@@ -5,7 +5,7 @@ Reference: Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
 
 import keras
 
-from latentdiff.models.layers import PositionEmbedding, TextLayer, embedding_initializer, layer_norm, register
+from latentdiff.models.layers import CLIPLayer, PositionEmbedding, embedding_initializer, layer_norm, register
 
 
 @register
@@ -56,7 +56,7 @@ class CLIPTextEncoder(keras.Model):
         )(tokens)
         x = PositionEmbedding(context_length, width, name="position_embedding", dtype=dtype)(x)
         for i in range(depth):
-            x = TextLayer(width, heads, mlp_width, activation, norm_epsilon, name=f"layer_{i}", dtype=dtype)(x)
+            x = CLIPLayer(width, heads, mlp_width, activation, norm_epsilon, name=f"layer_{i}", dtype=dtype)(x)
         x = layer_norm(norm_epsilon, "final_norm", dtype)(x)
         super().__init__(tokens, x, name=name)
         self.config = {

@@ -5,6 +5,7 @@ and `fit` are the ordinary ones; the weights stay in the networks, to be saved f
 """
 
 from latentdiff.training.autoencoder import AutoencoderTraining
+from latentdiff.training.clip import CLIPTraining
 from latentdiff.training.devices import distributed, join_hosts, rows_here
 from latentdiff.training.diffusion import DiffusionTraining
 from latentdiff.training.discriminator import PatchDiscriminator
@@ -14,6 +15,7 @@ from latentdiff.training.schedules import PerUpdate, WarmupStableDecay
 
 __all__ = [
     "AutoencoderTraining",
+    "CLIPTraining",
     "DiffusionTraining",
     "KernelMuon",
     "PatchDiscriminator",

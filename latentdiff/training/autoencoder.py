@@ -76,7 +76,7 @@ class AutoencoderTraining(TrainingModel):
         for key, value in weights.items():
             if value < 0:
                 raise ValueError(f"`{key}` must not be negative. Received: {key}={value}.")
-        super().__init__(ema_decay, seed, name)
+        super().__init__(getattr(autoencoder, "encoder", autoencoder), ema_decay, seed, name)
         self.autoencoder, self.discriminator = autoencoder, discriminator
         self.kl_weight, self.l1_weight, self.l2_weight = kl_weight, l1_weight, l2_weight
         self.perceptual_weight = perceptual_weight
@@ -134,11 +134,12 @@ class AutoencoderTraining(TrainingModel):
 
     def _discriminator_losses(self, image, reconstruction, features):
         """The reconstruction's part of the hinge loss, at its adaptive weight, and the discriminator's: (B,)."""
-        fixed = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.discriminator.trainable_variables]
-        others = [ops.convert_to_tensor(v) for v in self.discriminator.non_trainable_variables]
+        judge: Any = self.discriminator
+        fixed = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in judge.trainable_variables]
+        others = [ops.convert_to_tensor(v) for v in judge.non_trainable_variables]
 
         def opinion(picture):
-            logits, _ = self.discriminator.stateless_call(fixed, others, picture)
+            logits, _ = judge.stateless_call(fixed, others, picture)
             return -ops.mean(ops.cast(logits, "float32"), axis=(1, 2, 3))
 
         started = (
@@ -147,8 +148,8 @@ class AutoencoderTraining(TrainingModel):
             else 1.0
         )
         weight = started * self.discriminator_weight * self.adaptive_weight(image, features, opinion)
-        real = self.discriminator(image)
-        fake = self.discriminator(ops.stop_gradient(reconstruction))
+        real = judge(image)
+        fake = judge(ops.stop_gradient(reconstruction))
         self.real.update_state(ops.mean(real))
         self.fake.update_state(ops.mean(fake))
         return weight * opinion(reconstruction) + started * hinge_loss(real, fake)

@@ -68,7 +68,7 @@ class DiffusionTraining(TrainingModel):
         if bins < 1:
             raise ValueError(f"`bins` must be at least 1. Received: bins={bins}.")
         diffusion.loss_weight(np.array([1]), loss_weight)  # an unknown one is told here
-        super().__init__(ema_decay, seed, name)
+        super().__init__(unet, ema_decay, seed, name)
         self.unet, self.text_encoder = unet, text_encoder
         self.diffusion = diffusion
         self.empty = np.asarray(empty, "int32" if text_encoder is not None else "float32")

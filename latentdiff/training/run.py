@@ -33,7 +33,7 @@ from latentdiff.backend import (
     is_first_process,
     is_spread,
     keep_freed_memory,
-    number_of_processes,
+    process,
     sync_state,
     to_numpy,
 )
@@ -153,11 +153,13 @@ class Run(keras.callbacks.Callback):
             if other:
                 said = ", ".join(f"{name}={self.config.get(name)!r} (was {kept.get(name)!r})" for name in other)
                 raise ValueError(f"A run must go on as it began, or in another directory. Received: {said}.")
-        elif self.directory.exists() and any(self.directory.iterdir()):
+        elif self.directory.exists() and any(each.name != "config.tmp" for each in self.directory.iterdir()):
             raise ValueError(f"A run's directory must be new, empty, or a run's. Received: {self.directory}.")
         if is_first_process():
             self.directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+            aside.replace(path)
 
     def _begin_tables(self) -> None:
         for name in ("losses.csv", "metrics.csv"):
@@ -166,8 +168,7 @@ class Run(keras.callbacks.Callback):
                 with path.open(newline="", encoding="utf-8") as file:
                     header, *rows = list(csv.reader(file)) or [[]]
                 rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= self.first]
-                with path.open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([header, *rows] if header else [])
+                _rewrite(path, [header, *rows] if header else [])
 
     def on_train_begin(self, logs=None):
         self.first = self.step  # a run may take several calls of `fit`, one for each size of picture say
@@ -194,7 +195,7 @@ class Run(keras.callbacks.Callback):
         if self.step >= self.steps:
             due = set(self.every)
         stop = self._interrupted
-        if number_of_processes() > 1:  # all stop at the same batch: when all of them log
+        if process()[1] > 1:  # all stop at the same batch: when all of them log
             stop = bool(due) and any(every_process_says(self._interrupted))
         if stop:
             due |= {"log", "checkpoint"}
@@ -290,8 +291,7 @@ class Run(keras.callbacks.Callback):
         if new and len(header) > 1:  # a metric that comes later: every row gets its column
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [each + [""] * len(new) for each in list(csv.reader(file))[1:]]
-            path.unlink()
-            _append(path, header + new, rows)
+            _rewrite(path, [header + new, *rows])
         _append(path, header + new, [[self.step, *(row.get(name, "") for name in [*header[1:], *new])]])
         if self._events:
             self._events.write(row, self.step)
@@ -307,3 +307,11 @@ def _append(path: pathlib.Path, header: list[str], rows: list[list]) -> None:
         if file.tell() == 0:
             writer.writerow(header)
         writer.writerows(rows)
+
+
+def _rewrite(path: pathlib.Path, rows: list[list[str]]) -> None:
+    """Another table in the place of one that is there, whole or not at all."""
+    aside = path.with_suffix(".tmp")
+    with aside.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    aside.replace(path)

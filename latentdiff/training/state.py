@@ -34,7 +34,7 @@ def write_state(path: pathlib.Path, model: keras.Model) -> None:
     file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False)
     try:
         with file:
-            entries = {str(i): _plain(array) for i, array in enumerate(arrays)}
+            entries: dict[str, Any] = {str(i): _plain(array) for i, array in enumerate(arrays)}
             np.savez(file, said=np.frombuffer(json.dumps(said).encode(), np.uint8), **entries)
             file.flush()
             os.fsync(file.fileno())

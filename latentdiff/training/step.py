@@ -25,6 +25,7 @@ class TrainingModel(keras.Model):
     A subclass gives `call` and `compute_loss`, which takes the loss of a batch through `finish_loss`.
 
     Args:
+        network: that is trained; its dtype policy is the model's.
         ema_decay: of the weights' average, 0.9999 and the like; None keeps none.
         seed: of everything that is drawn while training.
 
@@ -34,8 +35,9 @@ class TrainingModel(keras.Model):
         averages: of each trainable weight, float32.
     """
 
-    def __init__(self, ema_decay: float | None = None, seed: int = 0, name: str | None = None):
-        super().__init__(name=name)
+    def __init__(self, network: Any, ema_decay: float | None = None, seed: int = 0, name: str | None = None):
+        # Keras scales the loss where the model's own policy is mixed_float16; each network casts its inputs itself.
+        super().__init__(name=name, dtype=policy_of(network), autocast=False)
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), or None. Received: ema_decay={ema_decay}.")
         self.ema_decay = ema_decay
@@ -153,3 +155,9 @@ class TrainingModel(keras.Model):
         finally:
             for variable, value in zip(variables, kept, strict=True):
                 variable.assign(value)
+
+
+def policy_of(network: Any) -> Any:
+    """The dtype policy that a network's layers have, float32 but for some or none."""
+    policies = [layer.dtype_policy for layer in getattr(network, "layers", ())]
+    return next((policy for policy in policies if policy.name != "float32"), "float32")

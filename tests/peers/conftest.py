@@ -1,4 +1,4 @@
-"""The comparison with the peers, live: needs the extra that brings torch, diffusers, transformers and KerasCV."""
+"""The comparison with the peers, live: needs the extra that brings torch, diffusers, transformers and others."""
 
 import sys
 from importlib.util import find_spec
@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if any(find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
     collect_ignore_glob = ["test_*.py"]
-elif find_spec("keras_cv") is None:
-    collect_ignore = ["test_kerascv.py"]
+else:
+    needs = {"test_kerascv.py": ("keras_cv",), "test_formats.py": ("tf2onnx", "onnxruntime", "openvino")}
+    collect_ignore = [test for test, names in needs.items() if any(find_spec(name) is None for name in names)]
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])

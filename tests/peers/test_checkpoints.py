@@ -1,7 +1,6 @@
 """Against diffusers and transformers: what they save is read to the last key, what is written they open in silence."""
 
 import json
-import logging
 import warnings
 
 import diffusers
@@ -10,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from silence import Silence
 
 from latentdiff.checkpoints import diffusers_scheduler
 from latentdiff.checkpoints.diffusers import KINDS, VERSION, read_component, write_component
@@ -90,29 +90,6 @@ def ours(key, array):
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     return array.T if array.ndim == 2 and "embedding.weight" not in key else array
-
-
-class Silence:
-    """No warning of Python's, and no line in the log of diffusers or transformers at warning or above."""
-
-    def __enter__(self):
-        self.lines = []
-        self.handler = logging.Handler(logging.WARNING)
-        self.handler.emit = lambda record: self.lines.append(record.getMessage())
-        self.caught = warnings.catch_warnings()
-        self.caught.__enter__()
-        warnings.simplefilter("error")
-        for library in ("diffusers", "transformers"):
-            logging.getLogger(library).addHandler(self.handler)
-        return self
-
-    def __exit__(self, *error):
-        self.caught.__exit__(*error)
-        for library in ("diffusers", "transformers"):
-            logging.getLogger(library).removeHandler(self.handler)
-        # transformers' remark about an image processor that diffusers imports and nobody here uses.
-        lines = [line for line in self.lines if "requires torchvision" not in line]
-        assert error[0] is not None or lines == []
 
 
 @pytest.fixture(scope="module", params=MODELS, ids="-".join)

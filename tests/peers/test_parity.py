@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import latentdiff as ld  # noqa: E402
 from latentdiff.backend import to_numpy  # noqa: E402
+from latentdiff.checkpoints.diffusers import KINDS  # noqa: E402
+from latentdiff.checkpoints.sources import open_source  # noqa: E402
 from latentdiff.models.tokenizer import TruncationWarning  # noqa: E402
 from latentdiff.presets import named_variables  # noqa: E402
 
@@ -265,42 +267,28 @@ def rewrite_json(path, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def unet_agrees(directory, theirs):
-    x_t = np.random.default_rng(8).standard_normal((1, 6, 8, 4)).astype("float32")
-    context = reference.context(theirs, reference.tokens(theirs, PROMPTS[:1]))
-    timestep = np.array([321], "float32")
-    output = ld.UNet.from_preset(str(directory), dtype="float32")(
-        {"latent": x_t, "timestep": timestep, "context": context}
-    )
-    assert_close(output, reference.unet_output(theirs.unet, x_t, timestep, context))
-
-
-def text_encoder_agrees(directory, theirs):
-    tokens = reference.tokens(theirs, PROMPTS)
-    output = ld.CLIPTextEncoder.from_preset(str(directory), dtype="float32")(tokens)
-    assert_close(output, reference.context(theirs, tokens))
-
-
-def autoencoder_agrees(directory, theirs):
-    autoencoder = ld.Autoencoder.from_preset(str(directory), dtype="float32")
-    latent = np.random.default_rng(9).standard_normal((1, 6, 8, 4)).astype("float32")
-    image = np.random.default_rng(10).uniform(-1, 1, (1, 24, 32, 3)).astype("float32")
-    assert_close(autoencoder.decode(latent), reference.decoded(theirs.vae, latent))
-    assert_close(autoencoder.encode(image), reference.encoded(theirs.vae, image))
+def assert_is_the_directorys(found, directory, *kinds):
+    """The same arguments and the same weights, bit for bit; that those of `directory` agree with the peers is above."""
+    for kind in kinds:
+        mine, expected = open_source(found).component(kind), open_source(directory).component(kind)
+        assert mine.config == expected.config
+        assert mine.weights.keys() == expected.weights.keys()
+        for path, array in expected.weights.items():
+            np.testing.assert_array_equal(mine.weights[path].astype("float32"), array.astype("float32"), err_msg=path)
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
-def test_text_encoder_opens_with_and_without_the_old_prefix(prefix, copy, theirs):
+def test_text_encoder_opens_with_and_without_the_old_prefix(prefix, copy, directory):
     def rename(tensors):
         tensors.pop("text_model.embeddings.position_ids", None)
         return {prefix + key.removeprefix("text_model."): value for key, value in tensors.items()}
 
     rewrite(copy / "text_encoder" / "model.safetensors", rename)
-    text_encoder_agrees(copy, theirs)
+    assert_is_the_directorys(copy, directory, "text_encoder")
 
 
 @pytest.mark.parametrize("form", ["dense", "convolution"])
-def test_autoencoder_opens_with_the_attention_keys_of_old(form, copy, theirs):
+def test_autoencoder_opens_with_the_attention_keys_of_old(form, copy, directory):
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(tensors):
@@ -316,36 +304,41 @@ def test_autoencoder_opens_with_the_attention_keys_of_old(form, copy, theirs):
         return renamed
 
     rewrite(copy / "vae" / "diffusion_pytorch_model.safetensors", rename)
-    autoencoder_agrees(copy, theirs)
+    assert_is_the_directorys(copy, directory, "autoencoder")
 
 
-def test_float16_variants_open(directory, theirs, tmp_path):
+def test_float16_variants_open(directory, tmp_path):
     """Every weight of the tiny pipelines is a number of float16, so nothing is lost."""
     half = diffusers.StableDiffusionPipeline.from_pretrained(directory, dtype=torch.float16)
     half.save_pretrained(tmp_path / "half", variant="fp16")
     assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    unet_agrees(tmp_path / "half", theirs)
-    text_encoder_agrees(tmp_path / "half", theirs)
-    autoencoder_agrees(tmp_path / "half", theirs)
+    assert_is_the_directorys(tmp_path / "half", directory, *KINDS)
 
 
-def test_sharded_weights_open(copy, theirs):
+def test_sharded_weights_open(copy, directory, theirs):
     for folder, model in (("unet", theirs.unet), ("vae", theirs.vae), ("text_encoder", theirs.text_encoder)):
         shutil.rmtree(copy / folder)
         model.save_pretrained(copy / folder, max_shard_size="100KB")
         assert list((copy / folder).glob("*.safetensors.index.json"))
-    unet_agrees(copy, theirs)
-    text_encoder_agrees(copy, theirs)
-    autoencoder_agrees(copy, theirs)
+    assert_is_the_directorys(copy, directory, *KINDS)
 
 
 def test_component_opens_from_its_own_directory(directory, theirs):
-    unet_agrees(directory / "unet", theirs)
-    text_encoder_agrees(directory / "text_encoder", theirs)
-    autoencoder_agrees(directory / "vae", theirs)
+    x_t = np.random.default_rng(8).standard_normal((1, 6, 8, 4)).astype("float32")
+    tokens = reference.tokens(theirs, PROMPTS[:1])
+    context, timestep = reference.context(theirs, tokens), np.array([321], "float32")
+    text_encoder = ld.CLIPTextEncoder.from_preset(str(directory / "text_encoder"), dtype="float32")
+    assert_close(text_encoder(tokens), context)
+    unet = ld.UNet.from_preset(str(directory / "unet"), dtype="float32")
+    output = unet({"latent": x_t, "timestep": timestep, "context": context})
+    assert_close(output, reference.unet_output(theirs.unet, x_t, timestep, context))
+    autoencoder = ld.Autoencoder.from_preset(str(directory / "vae"), dtype="float32")
+    image = np.random.default_rng(10).uniform(-1, 1, (1, 24, 32, 3)).astype("float32")
+    assert_close(autoencoder.decode(x_t), reference.decoded(theirs.vae, x_t))
+    assert_close(autoencoder.encode(image), reference.encoded(theirs.vae, image))
 
 
-def test_configurations_as_short_as_those_of_old_stand_for_diffusers_defaults(copy, theirs):
+def test_configurations_as_short_as_those_of_old_stand_for_diffusers_defaults(copy, directory):
     """Stable Diffusion 1.5's files name far fewer fields than those that diffusers writes today."""
     old_unet = {
         "_class_name", "act_fn", "attention_head_dim", "block_out_channels", "center_input_sample",
@@ -361,8 +354,7 @@ def test_configurations_as_short_as_those_of_old_stand_for_diffusers_defaults(co
         rewrite_json(
             copy / folder / "config.json", lambda config, names=names: {k: v for k, v in config.items() if k in names}
         )
-    unet_agrees(copy, theirs)
-    autoencoder_agrees(copy, theirs)
+    assert_is_the_directorys(copy, directory, "unet", "autoencoder")
 
 
 def test_one_number_of_heads_stands_for_every_level(tmp_path):
@@ -381,13 +373,15 @@ def test_one_number_of_heads_stands_for_every_level(tmp_path):
     assert_close(output, reference.unet_output(unet, x_t, timestep, context))
 
 
-def test_directory_that_diffusers_writes_anew_gives_the_same_picture(directory, theirs, noise, tmp_path):
+def test_directory_that_diffusers_writes_anew_gives_the_same_picture(
+    directory, ours, theirs, noise, tmp_path, monkeypatch
+):
     """Today's diffusers names every field: the scheduler's spacing, the safety checker that is not there."""
     theirs.save_pretrained(tmp_path / "anew")
-    ours, anew = (
-        ld.TextToImage.from_preset(str(tmp_path / "anew"), dtype="float32"),
-        reference.open_pipeline(tmp_path / "anew"),
-    )
+    assert_is_the_directorys(tmp_path / "anew", directory, *KINDS)
+    source, anew = open_source(tmp_path / "anew"), reference.open_pipeline(tmp_path / "anew")
+    monkeypatch.setattr(ours, "settings", source.settings())  # the networks are the same, and compiled
+    np.testing.assert_array_equal(ld.CLIPTokenizer(**source.tokenizer())(PROMPTS), reference.tokens(anew, PROMPTS))
     for sampler in (None, "euler"):
         images, latent = generate(ours, noise[0], sampler=sampler)
         assert_same_picture(images, latent, reference.final_latent(anew, noise[0], sampler=sampler), theirs)

@@ -229,14 +229,14 @@ def byte_letters() -> list[str]:
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
+def randomise(model: torch.nn.Module, generator: torch.Generator, normal=torch.randn) -> None:
     """Draws every parameter: kernels that keep the variance, norms about 1, biases about 0, in float16's numbers."""
     norms = {
         name for name, module in model.named_modules() if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm)
     }
     for name, parameter in sorted(model.named_parameters()):
         layer, _, leaf = name.rpartition(".")
-        draw = torch.randn(parameter.shape, generator=generator)
+        draw = normal(parameter.shape, generator=generator)
         if layer in norms:
             value = 1 + 0.2 * draw if leaf == "weight" else 0.2 * draw
         elif leaf == "bias":

@@ -1,0 +1,151 @@
+"""The commands `latentdiff train` and `latentdiff evaluate`: their arguments, checked before Keras is imported."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+from latentdiff.catalogue import resolve_preset
+from latentdiff.checkpoints.sources import open_source
+from latentdiff.training_config import KINDS, field_types, read_config
+
+_TRAIN_EXAMPLES = """examples:
+  latentdiff train autoencoder --config scripts/toy_autoencoder.toml --output runs/toy_autoencoder
+  latentdiff train diffusion --data pictures/ --steps 2000 --start emoji --size 128 --output runs/mine
+  latentdiff train diffusion --config mine.toml --output runs/mine --max-steps 2     a rehearsal of the whole
+
+The same command goes on with a run that was interrupted. What was trained is the model directory OUTPUT/model.
+"""
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    """Adds `latentdiff train autoencoder|clip|diffusion --config FILE --output DIR`."""
+    parser = commands.add_parser(
+        "train",
+        help="train an autoencoder, a CLIP pair, or latent diffusion",
+        description="Trains on captioned pictures, from random weights or from a model's.",
+        epilog=_TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
+    for kind in KINDS:
+        each = kinds.add_parser(kind, help=f"train {kind}", allow_abbrev=False)
+        each.set_defaults(run=_train)
+        add = each.add_argument
+        add("--config", type=Path, metavar="FILE", help="TOML; each of its values has an option below")
+        add("--output", type=Path, required=True, metavar="DIR", help="of the run; one that is there is gone on with")
+        add("--max-steps", type=int, metavar="N", help="rehearse: all of it in N steps, in a directory that is removed")
+        add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a bar; default: yes")
+        for name, type_ in field_types(kind).items():
+            add(f"--{name.replace('_', '-')}", **_option(type_))
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Adds `latentdiff evaluate MODEL --data SOURCE --output DIR`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="judge a model on captioned pictures",
+        description="Writes a report: how well pictures come back from their latents, the loss by t, whether a caption "
+        "gives its own picture, and a sheet of prompts.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_evaluate)
+    add = parser.add_argument
+    add("model", help="a model directory, or a shipped model's name")
+    add("--data", required=True, nargs="+", metavar="SOURCE", help="folders of captioned pictures, or shards")
+    add("--output", required=True, type=Path, metavar="DIR", help="of the report; new")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, rows of the sheet; default: the first captions")
+    add("--count", type=int, default=100, metavar="N", help="pictures that are judged; default: 100")
+    add("--size", type=int, metavar="N", help="of the pictures, in pixels; default: the model's own")
+    add("--num-steps", type=int, default=25, metavar="N", help="of the drawings; default: 25")
+    add("--guidance-scale", type=float, default=5.0, metavar="X", help="of the drawings; default: 5")
+    add("--seed", type=int, default=0, metavar="N", help="of the drawings; default: 0")
+    add("--batch-size", type=int, default=16, metavar="N", help="pictures at a time; default: 16")
+    add("--progress", action=argparse.BooleanOptionalAction, default=True, help="tell each part; default: yes")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    for name in ("count", "num_steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Received: {getattr(options, name)}.")
+    if options.output.exists() and any(options.output.iterdir()):
+        raise FileExistsError(f"A report's directory must be new. Received: {options.output}.")
+    prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
+    open_source(resolve_preset(options.model))
+
+    from latentdiff.cli import start_keras
+
+    start_keras()
+    from latentdiff.evaluation import evaluate
+
+    evaluate(
+        resolve_preset(options.model),
+        options.data,
+        options.output,
+        prompts=[prompt for prompt in prompts if prompt.strip()],
+        count=options.count,
+        size=options.size,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        progress=options.progress,
+    )
+    print(options.output / "report.md")
+
+
+def _option(type_) -> dict:
+    """An option's arguments, for a value of the configuration; absent options are None."""
+    if typing.get_origin(type_) is list:
+        (item,) = typing.get_args(type_)
+        return {"nargs": "*", **_option(item)} if item is not bool else {"nargs": "*", "type": _boolean}
+    if type_ is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": type_, "metavar": {str: "TEXT", int: "N", float: "X"}[type_]}
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false. Received: {text!r}")
+    return text == "true"
+
+
+def _train(options: argparse.Namespace) -> None:
+    known = field_types(options.kind)
+    given = {name: value for name in known if (value := getattr(options, name)) is not None}
+    config = read_config(options.kind, options.config, given)
+    if options.max_steps is not None and options.max_steps < 1:
+        raise ValueError(f"--max-steps must be at least 1. Received: {options.max_steps}.")
+
+    from latentdiff.cli import start_keras
+
+    start_keras()
+    from latentdiff.training.recipe import train
+
+    if options.max_steps is None:
+        run = train(config, options.output, options.progress)
+        if run.step < config.steps:
+            print(f"stopped after step {run.step} of {config.steps}; the same command goes on")
+        else:
+            print(options.output / "model")
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=options.output.parent, prefix=f".{options.output.name}-rehearsal-"))
+    try:
+        rehearsed = replace(config, steps=options.max_steps, checkpoint_every=options.max_steps, log_every=1)
+        run = train(rehearsed, aside / "run", options.progress)
+        if options.kind == "diffusion":
+            from latentdiff.export import export_saved_model
+            from latentdiff.pipeline import TextToImage
+
+            export_saved_model(
+                TextToImage.from_preset(aside / "run" / "model", dtype="float32"), aside / "export" / "1"
+            )
+        print(f"rehearsed {run.step} steps, a checkpoint and what is written at the end")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

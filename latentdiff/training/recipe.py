@@ -1,0 +1,220 @@
+"""A configuration -> a run of `fit`: data, networks, optimizer, samples and the directory that keeps it all.
+
+Each kind of training is a `Recipe`: what is trained, on which batches, and what is written and shown of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from latentdiff.data import CaptionedImages, Index, Steps, index_source, make_buckets, to_tf_dataset
+from latentdiff.data.draws import uniform
+from latentdiff.training.devices import distributed, join_hosts, rows_here
+from latentdiff.training.muon import KernelMuon
+from latentdiff.training.run import Run
+from latentdiff.training.schedules import PerUpdate, WarmupStableDecay
+from latentdiff.training.step import TrainingModel
+from latentdiff.training_config import (
+    AutoencoderConfig,
+    CLIPConfig,
+    Config,
+    DiffusionConfig,
+    PicturesConfig,
+    as_json,
+)
+
+
+@dataclass
+class Recipe:
+    """What a kind of training brings.
+
+    Attributes:
+        model: what `fit` trains, not yet compiled.
+        batches: (first step, last step) -> the batches of these steps, a function of each step alone.
+        validation: the batches of a validation, the same each time; None where there are too few pictures.
+        save: writes what is trained to a path, whole or not at all.
+        sample: pictures that show what is learnt, uint8 (n, H, W, 3); None where there are none.
+    """
+
+    model: TrainingModel
+    batches: Callable[[int, int], keras.utils.PyDataset]
+    validation: Callable[[], keras.utils.PyDataset] | None
+    save: Callable[[Path], None]
+    sample: Callable[[], np.ndarray] | None
+
+
+def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
+    """Trains what the configuration asks for; goes on where the directory holds a run of it.
+
+    Args:
+        config: of a kind; see `read_config`.
+        directory: of the run; `model/` in it is what was trained.
+        progress: whether Keras' progress bar is shown.
+
+    Returns:
+        The run, which is done unless it was interrupted.
+
+    Raises:
+        ValueError: the data, a model or the directory is not what it must be, or the loss became infinite.
+        OSError: a file cannot be read or written.
+    """
+    directory = Path(directory)
+    with _devices(config):
+        keras.utils.set_random_seed(config.seed)
+        recipe = make_recipe(config, directory)
+        recipe.model.compile(
+            optimizer=make_optimizer(config),
+            steps_per_execution=config.steps_per_execution,
+            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+        )
+        validation = recipe.validation
+
+        def validate():
+            assert validation is not None
+            said = recipe.model.evaluate(ready(validation()), verbose=0, return_dict=True)
+            return {f"val_{name}": value for name, value in said.items()}
+
+        run = Run(
+            directory,
+            as_json(config),
+            config.steps,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            keep=config.keep,
+            save=recipe.save,
+            sample=recipe.sample,
+            validate=validate if validation else None,
+        )
+        first = run.resume(recipe.model)
+        if first < config.steps:
+            batches = ready(recipe.batches(first, config.steps))
+            recipe.model.fit(batches, callbacks=[run], shuffle=False, verbose=1 if progress else 0)
+    return run
+
+
+def ready(batches: Any) -> Any:
+    """The batches as `fit` takes them: on TensorFlow those of several sizes come as a `tf.data.Dataset`."""
+    several = isinstance(batches, Steps) and len(batches.order.buckets) > 1
+    return to_tf_dataset(batches) if several and keras.backend.backend() == "tensorflow" else batches
+
+
+def make_recipe(config: Config, directory: Path) -> Recipe:
+    """The recipe of a configuration's kind."""
+    # Each kind's networks are imported when it is asked for.
+    if isinstance(config, AutoencoderConfig):
+        from latentdiff.training.recipe_autoencoder import autoencoder_recipe
+
+        return autoencoder_recipe(config)
+    if isinstance(config, CLIPConfig):
+        from latentdiff.training.recipe_clip import clip_recipe
+
+        return clip_recipe(config)
+    assert isinstance(config, DiffusionConfig)
+    from latentdiff.training.recipe_diffusion import diffusion_recipe
+
+    return diffusion_recipe(config, directory)
+
+
+def make_optimizer(config: Config) -> keras.optimizers.Optimizer:
+    """The optimizer of a configuration; its schedule counts updates."""
+    accumulation = config.gradient_accumulation_steps
+    updates = max(1, config.steps // accumulation)
+    rate: Any = WarmupStableDecay(config.learning_rate, updates, config.warmup, config.decay)
+    arguments: dict[str, Any] = {"weight_decay": config.weight_decay, "clipnorm": config.clipnorm or None}
+    if accumulation > 1:
+        rate = PerUpdate(rate, accumulation)
+        arguments["gradient_accumulation_steps"] = accumulation
+    if config.optimizer == "muon":
+        return KernelMuon(rate, **arguments, adam_weight_decay=config.weight_decay, adam_beta_2=0.99)
+    return keras.optimizers.AdamW(rate, **arguments)
+
+
+def index_of(config: Config, sources: list[str] | None = None) -> tuple[Index, Index]:
+    """The pictures that are trained on, and those of the validation, drawn by the seed."""
+    captions = not isinstance(config, AutoencoderConfig)
+    index = index_source(sources or list(config.data), require_captions=captions, max_broken=config.max_broken)
+    held = uniform(config.seed, np.arange(len(index))) < config.validation
+    return index.select(np.flatnonzero(~held)), index.select(np.flatnonzero(held))
+
+
+def buckets_of(config: Config, factor: int) -> list[tuple[int, int]]:
+    """The sizes of pictures that a configuration trains on."""
+    if config.size % factor:
+        raise ValueError(f"`size` must be a multiple of {factor}. Received: size={config.size}.")
+    square = [(config.size, config.size)]
+    return make_buckets(config.size, factor, config.max_ratio) if config.max_ratio > 1 else square
+
+
+def image_batches(
+    config: PicturesConfig, index: Index, buckets, tokenizer=None
+) -> Callable[[int, int], CaptionedImages]:
+    """The batches of an index's pictures, cropped and flipped as is configured; each process takes its part."""
+    shard, shards = part_here(config)
+
+    def batches(first: int, last: int) -> CaptionedImages:
+        return CaptionedImages(
+            index,
+            config.batch_size,
+            buckets=buckets,
+            tokenizer=tokenizer,
+            captions=tokenizer is not None,
+            seed=config.seed,
+            crop=config.crop,
+            zoom=config.zoom,
+            flip=config.flip,
+            first_step=first,
+            steps=last,
+            shard_index=shard,
+            num_shards=shards,
+        )
+
+    return batches
+
+
+def validation_batches(
+    config: PicturesConfig, index: Index, buckets, tokenizer=None
+) -> Callable[[], CaptionedImages] | None:
+    """The pictures of the validation once, from their middle; None where they fill no batch."""
+    if len(index) < config.batch_size:
+        return None
+    plain = replace(config, crop="centre", zoom=1.0, flip=False)
+    make = image_batches(plain, index, buckets, tokenizer)
+    steps = make(0, 1).steps_per_epoch
+    return lambda: make(0, steps)
+
+
+def part_here(config: Config) -> tuple[int, int]:
+    """(index, how many) of the parts of each batch that this process reads."""
+    rows = rows_here(config.batch_size)
+    length = rows.stop - rows.start
+    return rows.start // length, config.batch_size // length
+
+
+def in_policy(network: Any, policy: str) -> Any:
+    """The network with the same weights, computing in another dtype policy."""
+    if policy == "float32":
+        return network
+    copy = type(network)(**network.config, dtype=policy)
+    copy.set_weights(network.get_weights())
+    return copy
+
+
+@contextlib.contextmanager
+def _devices(config: Config):
+    if config.rematerialize and keras.backend.backend() != "jax":
+        raise ValueError("`rematerialize` needs the JAX backend. Received: rematerialize=True, tensorflow.")
+    with contextlib.ExitStack() as stack:
+        if config.hosts:
+            join_hosts()
+        if config.distribution != "none":
+            stack.enter_context(distributed(config.distribution, config.mesh or None))
+        if config.rematerialize:
+            stack.enter_context(keras.RematScope(mode="full"))
+        yield

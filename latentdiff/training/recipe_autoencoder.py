@@ -1,0 +1,64 @@
+"""The autoencoder's training from a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from latentdiff.backend import Compiled, to_numpy
+from latentdiff.checkpoints.diffusers import write_component
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.presets import named_variables
+from latentdiff.training.autoencoder import AutoencoderTraining
+from latentdiff.training.discriminator import PatchDiscriminator
+from latentdiff.training.recipe import Recipe, buckets_of, image_batches, in_policy, index_of, validation_batches
+from latentdiff.training_config import AutoencoderConfig
+
+SHOWN = 8  # pictures of a sample
+
+
+def autoencoder_recipe(config: AutoencoderConfig) -> Recipe:
+    """The autoencoder of `start`, or a new one; samples are pictures above what came back."""
+    index, held = index_of(config)
+    if config.start:
+        autoencoder = in_policy(Autoencoder.from_preset(config.start, dtype="float32"), config.dtype)
+    else:
+        autoencoder = Autoencoder(
+            config.channels,
+            config.blocks_per_level,
+            latent_channels=config.latent_channels,
+            groups=config.groups,
+            dtype=config.dtype,
+        )
+    discriminator = None
+    if config.discriminator_weight:
+        discriminator = PatchDiscriminator(
+            config.discriminator_width, config.discriminator_depth, groups=config.groups, dtype=config.dtype
+        )
+    model = AutoencoderTraining(
+        autoencoder,
+        config.kl_weight,
+        l1_weight=config.l1_weight,
+        l2_weight=config.l2_weight,
+        discriminator=discriminator,
+        discriminator_weight=config.discriminator_weight,
+        discriminator_start=config.discriminator_start,
+        ema_decay=config.ema_decay or None,
+        seed=config.seed,
+    )
+    buckets = buckets_of(config, autoencoder.factor)
+    shown = validation_batches(config, held, buckets) or image_batches(config, index, buckets)
+    # Every process has the same pictures to show: the first batch's first.
+    images = (shown() if len(held) >= config.batch_size else shown(0, 1)).batch_at(0)["image"][:SHOWN]  # pyright: ignore
+    again = Compiled(autoencoder, [autoencoder])
+
+    def save(path: Path) -> None:
+        arrays = {name: to_numpy(variable) for name, variable in named_variables(autoencoder)}
+        write_component(path, "autoencoder", autoencoder.config, arrays, overwrite=True)
+
+    def sample() -> np.ndarray:
+        pairs = np.concatenate([images, to_numpy(again(images), "float32")], axis=1)
+        return np.round(127.5 * (np.clip(pairs, -1, 1) + 1)).astype("uint8")
+
+    return Recipe(model, image_batches(config, index, buckets), validation_batches(config, held, buckets), save, sample)

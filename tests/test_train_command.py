@@ -1,0 +1,200 @@
+"""`latentdiff train`: each kind from pictures to a model directory, gone on with, rehearsed, and refused when wrong."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import latentdiff as ld
+from latentdiff.cli import main
+from latentdiff.training_config import KINDS, read_config
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import toy_pictures  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # one picture is broken, as is said
+
+# The smallest of each; the toys of scripts/ are these with a little more of everything.
+SHARED = "--size 16 --batch-size 4 --validation 0.2 --warmup 1 --ema-decay 0.5 --log-every 2 --no-progress".split()
+SIZES = {
+    "autoencoder": "--channels 4 8 --blocks-per-level 1 --groups 2",
+    "clip": "--tokenizer emoji --width 8 --depth 1 --heads 2 --mlp-width 8 --image-width 8 --image-depth 1 "
+    "--image-heads 2 --image-mlp-width 8 --patch-size 8 --projection-dim 4",
+    "diffusion": "--tokenizer emoji --width 8 --depth 1 --heads 2 --mlp-width 8 --channels 8 --attention true "
+    "--unet-heads 2 --unet-groups 2 --num-steps 2",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    """A few steps of the smallest networks are done before TensorFlow has traced one."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.run_functions_eagerly(True)
+        yield
+        tf.config.run_functions_eagerly(False)
+    else:
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures, and the runs that the tests make of them."""
+    folder = tmp_path_factory.mktemp("train")
+    toy_pictures.main(folder / "toy", count=24, size=16)
+    (folder / "toy" / "00024.png").write_bytes(b"no picture")
+    (folder / "toy" / "00024.txt").write_text("a broken one")
+    return folder
+
+
+def train(kind, folder, output, *arguments, steps="4"):
+    shared = ["--data", str(folder / "toy"), "--output", str(output), "--steps", steps, "--max-broken", "0.1"]
+    return main(["train", kind, *shared, *SHARED, *SIZES[kind].split(), *arguments])
+
+
+def losses(output):
+    with (output / "losses.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(folder):
+    assert train("autoencoder", folder, folder / "autoencoder") == 0
+    return folder / "autoencoder"
+
+
+def test_autoencoder_is_trained_and_written(autoencoder):
+    assert [step for step, _ in losses(autoencoder)] == [1, 2, 3, 4]
+    opened = ld.Autoencoder.from_preset(str(autoencoder / "model"))
+    assert opened.config["channels"] == [4, 8]
+    with Image.open(autoencoder / "samples" / "step_00000004.png") as picture:
+        assert picture.size[1] == 32 and picture.size[0] % 16 == 0
+    with (autoencoder / "metrics.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["val_psnr"]) > 0
+
+
+def test_run_is_made_longer_by_the_same_command(autoencoder, folder):
+    before = losses(autoencoder)
+    assert train("autoencoder", folder, autoencoder, steps="6") == 0
+    assert losses(autoencoder)[:4] == before and [step for step, _ in losses(autoencoder)][4:] == [5, 6]
+
+
+def test_another_run_in_its_place_is_refused(autoencoder, folder, capsys):
+    with pytest.raises(SystemExit):
+        train("autoencoder", folder, autoencoder, "--seed", "7")
+    assert "A run must go on as it began, or in another directory. Received: seed=7" in capsys.readouterr().err
+
+
+def test_pictures_of_several_sizes_keep_their_shape(folder):
+    for i, path in enumerate(sorted((folder / "toy").glob("0000[0-7].png"))):
+        with Image.open(path) as picture:
+            wide = picture.resize((24, 16) if i % 2 else (16, 24))
+        (folder / "wide").mkdir(exist_ok=True)
+        wide.save(folder / "wide" / path.name)
+        (folder / "wide" / path.name).with_suffix(".txt").write_text("a shape")
+    output = folder / "several"
+    arguments = ["--data", str(folder / "wide"), "--validation", "0", "--max-ratio", "1.5", "--batch-size", "2"]
+    assert train("autoencoder", folder, output, *arguments) == 0
+    assert [step for step, _ in losses(output)] == [1, 2, 3, 4]
+
+
+def test_clip_pair_is_trained_and_written(folder, capsys):
+    assert train("clip", folder, folder / "clip") == 0
+    assert "00024.png" in capsys.readouterr().err
+    assert ld.CLIPTextEncoder.from_preset(str(folder / "clip" / "model")).config["width"] == 8
+    assert len(losses(folder / "clip")) == 4
+
+
+def test_diffusion_is_trained_and_the_model_draws(autoencoder, folder):
+    output = folder / "diffusion"
+    arguments = ["--autoencoder", str(autoencoder / "model"), "--prompts", "a red circle", "a blue square"]
+    assert train("diffusion", folder, output, *arguments) == 0
+    with Image.open(output / "samples" / "step_00000004.png") as picture:
+        assert picture.size == (32, 16)
+    pipe = ld.TextToImage.from_preset(str(output / "model"), dtype="float32")
+    assert pipe.settings.prediction == "v" and pipe.settings.zero_terminal_snr
+    latent = np.concatenate([np.load(path) for path in sorted(folder.glob("diffusion.cache/train/latents*.npy"))])
+    assert pipe.autoencoder.scaling_factor == pytest.approx(1 / latent.std(), rel=1e-2)
+
+
+def test_subject_is_learnt_beside_its_class_from_a_loaded_model(folder):
+    output = folder / "subject"
+    arguments = [
+        "--start",
+        str(folder / "diffusion" / "model"),
+        "--no-train-text-encoder",
+        "--prior",
+        str(folder / "toy"),
+    ]
+    assert train("diffusion", folder, output, *arguments, steps="2") == 0
+    kept, tuned = (
+        ld.TextToImage.from_preset(str(folder / name / "model"), dtype="float32") for name in ("diffusion", "subject")
+    )
+    for name in ("text_encoder", "autoencoder"):
+        pairs = zip(getattr(kept, name).get_weights(), getattr(tuned, name).get_weights(), strict=True)
+        assert all((mine == theirs).all() for mine, theirs in pairs)
+    pairs = zip(kept.unet.get_weights(), tuned.unet.get_weights(), strict=True)
+    assert any((mine != theirs).any() for mine, theirs in pairs)
+
+
+def test_rehearsal_leaves_nothing_behind(autoencoder, folder, capsys):
+    before = sorted(folder.iterdir())
+    assert train("autoencoder", folder, folder / "rehearsed", "--max-steps", "2", steps="1000") == 0
+    assert "rehearsed 2 steps" in capsys.readouterr().out
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_toy_configurations_are_right_and_short(kind):
+    path = SCRIPTS / f"toy_{kind}.toml"
+    config = read_config(kind, path, {})
+    assert config.data == ["data/toy"] and config.steps <= 600
+    assert len(path.read_text().splitlines()) <= 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "`steps` must be at least 1. Received: steps=0."),
+        (["--crop", "left"], "`crop` must be one of random, centre. Received: crop='left'."),
+        (["--ema-decay", "1"], "`ema_decay` must be in [0, 1). Received: ema_decay=1.0."),
+        (["--max-steps", "0"], "--max-steps must be at least 1. Received: 0."),
+        (["--data"], "`data` must be one source or more."),
+        (["--config", "nothing.toml"], "No such file"),
+    ],
+)
+def test_bad_values_are_told_at_once(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "autoencoder", "--data", "x", "--steps", "4", "--output", str(tmp_path / "run"), *arguments])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 'many'\ndata = ['x']", "`steps` must be of type int. Received: steps='many'."),
+        ("data = ['x']\nsteps = 4\nstep = 5", "has the names"),
+        ("steps = 4", "A configuration must have `data`."),
+        ("steps = ", "must be a TOML file"),
+    ],
+)
+def test_bad_configurations_are_told(text, message, tmp_path):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_config("autoencoder", tmp_path / "config.toml", {})
+    assert message in str(error.value)
+
+
+def test_configuration_of_a_run_is_kept(autoencoder):
+    kept = json.loads((autoencoder / "config.json").read_text())
+    assert kept["channels"] == [4, 8] and kept["batch_size"] == 4
