@@ -46,10 +46,10 @@ test: $(VENV)/.test
 	$(MAKE) --no-print-directory -j2 test-tensorflow test-jax
 
 test-tensorflow: $(VENV)/.test
-	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest tests --ignore=tests/peers
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest --durations=15 tests --ignore=tests/peers
 
 test-jax: $(VENV)/.test
-	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=jax $(VENV)/bin/python -m pytest tests --ignore=tests/peers $(JAX_IGNORES)
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=jax $(VENV)/bin/python -m pytest --durations=15 tests --ignore=tests/peers $(JAX_IGNORES)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -61,7 +61,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff format .
 
 peers: $(VENV_PEERS)/.peers
-	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest tests/peers
+	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest --durations=15 tests/peers
 
 serving: $(VENV)/.run $(VENV_SERVING)/.serving
 	folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; export TF_CPP_MIN_LOG_LEVEL=2 \
