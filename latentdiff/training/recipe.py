@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from latentdiff.backend import to_numpy
 from latentdiff.data import CaptionedImages, Index, Steps, index_source, make_buckets, to_tf_dataset
 from latentdiff.data.draws import uniform
 from latentdiff.training.devices import distributed, join_hosts, rows_here
@@ -202,7 +203,7 @@ def in_policy(network: Any, policy: str) -> Any:
     if policy == "float32":
         return network
     copy = type(network)(**network.config, dtype=policy)
-    copy.set_weights(network.get_weights())
+    copy.set_weights([to_numpy(variable) for variable in network.weights])
     return copy
 
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from latentdiff import presets
+from latentdiff.backend import to_numpy
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.data import Cache, CachedLatents, make_cache
 from latentdiff.diffusion.process import GaussianDiffusion
@@ -74,7 +75,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
         # The UNet is to see latents of variance one.
         deviation = cache.statistics()[1]
         scaled = Autoencoder(**{**parts.autoencoder.config, "scaling_factor": round(1 / deviation, 5)})
-        scaled.set_weights(parts.autoencoder.get_weights())
+        scaled.set_weights([to_numpy(variable) for variable in parts.autoencoder.weights])
         parts = replace(parts, autoencoder=scaled)
     model = DiffusionTraining(
         parts.unet,
