@@ -71,7 +71,7 @@ def wanted_files(parts: Collection[str] | None = None, variant: str | None = Non
     files = ["model_index.json"]
     folders = {name: f"{kind.folder}/" for name, kind in KINDS.items()} | {"tokenizer": "tokenizer/"}
     for name in folders if parts is None else parts:
-        names = list(TOKENIZER_FILES) if name in ("tokenizer", "clip") else []
+        names: list[str] = list(TOKENIZER_FILES) if name in ("tokenizer", "clip") else []
         if name != "tokenizer":
             stem = KINDS[name].stem if name in KINDS else clip_directory.STEM
             middle = f".{variant}" if variant else ""
