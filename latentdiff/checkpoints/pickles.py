@@ -90,7 +90,7 @@ def is_pickle(path: Path) -> bool:
 
 def _load(path: Path) -> Any:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise CheckpointError(
             f"A pickle is read through torch, which is missing: `pip install latentdiff[convert]`. Received: `{path}`."
@@ -111,15 +111,18 @@ def _load(path: Path) -> Any:
 
 def _stored(name: str, value: Any, path: Path) -> StoredTensor | None:
     """A tensor as those of safetensors files are, a whole number too; None of anything else that training leaves."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if type(value) is int and -(2**63) <= value < 2**63:
         return StoredTensor(name, "I64", (), path, np.array([value]).view(np.uint8), 0)
     if not isinstance(value, torch.Tensor):
         return None
-    code = _CODES.get(str(value.dtype).removeprefix("torch."))
-    if code is None or value.layout != torch.strided:
-        raise CheckpointError(f"`{name}` must be a plain tensor. Received: {value.dtype}, {value.layout} in `{path}`.")
-    value = value.detach().contiguous()
-    array = value.view(torch.int16).numpy() if code == "BF16" else value.numpy()
-    return StoredTensor(name, code, tuple(value.shape), path, array.reshape(-1).view(np.uint8), 0)
+    tensor: Any = value
+    code = _CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code is None or tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"`{name}` must be a plain tensor. Received: {tensor.dtype}, {tensor.layout} in `{path}`."
+        )
+    tensor = tensor.detach().contiguous()
+    array = tensor.view(torch.int16).numpy() if code == "BF16" else tensor.numpy()
+    return StoredTensor(name, code, tuple(tensor.shape), path, array.reshape(-1).view(np.uint8), 0)
