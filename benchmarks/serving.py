@@ -56,7 +56,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = options.model
     if model is None:
         model = folder / "1"
-        export_saved_model(pipe, model, max_batch=max(options.batch_sizes), max_steps=options.num_steps)
+        export_saved_model(
+            pipe, model, max_batch=max(options.batch_sizes), max_steps=options.num_steps, num_steps=options.num_steps
+        )
     signature = tf.saved_model.load(str(model)).signatures["generate"]
 
     def python(size: int) -> Any:
