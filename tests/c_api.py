@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from pathlib import Path
 
 import numpy as np
 
@@ -97,6 +98,11 @@ class ServedModel:
         pickle.dump((signature, inputs), self._process.stdin)
         self._process.stdin.flush()
         return self._answer()
+
+    def resident_bytes(self):
+        """The memory that the process holds now, as Linux counts it."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
     def close(self):
         """Ends the process."""
