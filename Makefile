@@ -35,21 +35,25 @@ NO_ARRAYS := architecture cli cli_export data data_images data_order emoji_recip
 	mutated_files packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
+# A process for each core, since tracing and compiling keep to one; a file's tests stay together and share what they build.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
 .PHONY: run test test-tensorflow test-jax lint format peers serving wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
 	$(VENV)/bin/latentdiff generate "$$PROMPT" --output "$$OUTPUT"
 
-# Both backends at once: each spends most of its time on one core, tracing and compiling.
-test: $(VENV)/.test
-	$(MAKE) --no-print-directory -j2 test-tensorflow test-jax
+test: test-tensorflow test-jax
 
 test-tensorflow: $(VENV)/.test
-	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest --durations=15 tests --ignore=tests/peers
+	KERAS_BACKEND=tensorflow $(VENV)/bin/python $(PYTEST) tests --ignore=tests/peers
 
+# Most of the time would be XLA's, optimising code that runs once.
 test-jax: $(VENV)/.test
-	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=jax $(VENV)/bin/python -m pytest --durations=15 tests --ignore=tests/peers $(JAX_IGNORES)
+	KERAS_BACKEND=jax XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
+		$(VENV)/bin/python $(PYTEST) tests --ignore=tests/peers $(JAX_IGNORES)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -61,11 +65,11 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff format .
 
 peers: $(VENV_PEERS)/.peers
-	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest --durations=15 tests/peers
+	KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python $(PYTEST) tests/peers
 
 serving: $(VENV)/.run $(VENV_SERVING)/.serving
-	folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; export TF_CPP_MIN_LOG_LEVEL=2 \
-		&& $(VENV)/bin/latentdiff export emoji --output "$$folder/emoji/1" --dtype float32 \
+	folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; \
+		$(VENV)/bin/latentdiff export emoji --output "$$folder/emoji/1" --dtype float32 \
 		&& $(VENV)/bin/latentdiff generate "$$PROMPT" --dtype float32 --seed 3 --num-steps 4 --guidance-scale 5 \
 			--output "$$folder/python.png" \
 		&& $(VENV_SERVING)/bin/python -P tests/serve_without_keras.py "$$folder/emoji/1" "$$folder/python.png" \

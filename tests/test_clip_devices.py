@@ -43,7 +43,8 @@ def train(scope=None):
 
 @pytest.mark.slow
 def test_two_devices_are_one(tmp_path):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "2"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     subprocess.run([sys.executable, Path(__file__), tmp_path / "two.npz"], env=environment, check=True)
     with np.load(tmp_path / "two.npz") as file:

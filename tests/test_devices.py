@@ -28,7 +28,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 def start(*arguments, devices=1):
     """A process of `devices_run.py`."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": path, "KERAS_BACKEND": BACKEND, "XLA_FLAGS": flags}
     command = [sys.executable, str(HERE / "devices_run.py"), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
