@@ -164,6 +164,11 @@ def has_gpu() -> bool:
     return False
 
 
+def fit_compilation() -> bool | str:
+    """What a training's `compile` is told as `jit_compile`: plain graphs on TensorFlow, elsewhere Keras' own choice."""
+    return False if keras.backend.backend() == "tensorflow" else "auto"
+
+
 @functools.cache
 def default_dtype() -> str:
     """What networks compute in where no dtype is asked for: bfloat16 where the device multiplies it, else float32."""
@@ -281,7 +286,7 @@ def gather_replicas(*arrays: Any) -> tuple:
         arrays: (B, ...), with the same B on every replica.
 
     Returns:
-        Each array as (B', ...), the rows of all replicas; where this replica's rows begin; how many replicas there are.
+        Each array as (B', ...), the rows of all replicas; and where this replica's rows begin.
     """
     index, replicas = replica()
     if replicas > 1:
@@ -289,8 +294,8 @@ def gather_replicas(*arrays: Any) -> tuple:
 
         context = tf.distribute.get_replica_context()
         gathered = [context.all_gather(array, axis=0) for array in arrays]
-        return (*gathered, index * tf.shape(arrays[0])[0], replicas)
-    return (*arrays, 0, 1)
+        return (*gathered, index * tf.shape(arrays[0])[0])
+    return (*arrays, 0)
 
 
 def psnr_and_ssim(images: np.ndarray, others: np.ndarray) -> tuple[float, float]:

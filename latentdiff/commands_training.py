@@ -9,6 +9,7 @@ import typing
 from dataclasses import replace
 from pathlib import Path
 
+from latentdiff.arguments import number, whole
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints.sources import open_source
 from latentdiff.training_config import KINDS, field_types, read_config
@@ -60,23 +61,21 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--data", required=True, nargs="+", metavar="SOURCE", help="folders of captioned pictures, or shards")
     add("--output", required=True, type=Path, metavar="DIR", help="of the report; new")
     add("--prompts", type=Path, metavar="FILE", help="a prompt a line, rows of the sheet; default: the first captions")
-    add("--count", type=int, default=100, metavar="N", help="pictures that are judged; default: 100")
+    add("--count", type=whole(1), default=100, metavar="N", help="pictures that are judged; default: 100")
     add("--size", type=int, metavar="N", help="of the pictures, in pixels; default: the model's own")
-    add("--num-steps", type=int, default=25, metavar="N", help="of the drawings; default: 25")
-    add("--guidance-scale", type=float, default=5.0, metavar="X", help="of the drawings; default: 5")
+    add("--num-steps", type=whole(1), default=25, metavar="N", help="of the drawings; default: 25")
+    add("--guidance-scale", type=number, default=5.0, metavar="X", help="of the drawings; default: 5")
     add("--seed", type=int, default=0, metavar="N", help="of the drawings; default: 0")
-    add("--batch-size", type=int, default=16, metavar="N", help="pictures at a time; default: 16")
+    add("--batch-size", type=whole(1), default=16, metavar="N", help="pictures at a time; default: 16")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="tell each part; default: yes")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    for name in ("count", "num_steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1. Received: {getattr(options, name)}.")
     if options.output.exists() and any(options.output.iterdir()):
         raise FileExistsError(f"A report's directory must be new. Received: {options.output}.")
     prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
-    open_source(resolve_preset(options.model))
+    model = resolve_preset(options.model)
+    open_source(model)  # so that what cannot be opened is told before Keras is imported
 
     from latentdiff.cli import start_keras
 
@@ -84,7 +83,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from latentdiff.evaluation import evaluate
 
     evaluate(
-        resolve_preset(options.model),
+        model,
         options.data,
         options.output,
         prompts=[prompt for prompt in prompts if prompt.strip()],

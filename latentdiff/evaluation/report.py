@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-from latentdiff.backend import Compiled, psnr_and_ssim, to_numpy
+from latentdiff.backend import Compiled, fit_compilation, psnr_and_ssim, to_numpy
 from latentdiff.checkpoints.files import replaced_directory
 from latentdiff.data import index_source
 from latentdiff.data.decode import decode_crop
@@ -139,17 +139,16 @@ def _pictures(index, size: tuple[int, int]) -> np.ndarray:
 def _through(pipe: TextToImage, images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Scaled latents (N, h, w, c), and the pictures that they give back, uint8 (N, H, W, 3)."""
     encode = Compiled(pipe.autoencoder.encode, [pipe.autoencoder])
-    decode = Compiled(pipe.autoencoder.decode, [pipe.autoencoder])
+    decode = Compiled(pipe.image, [pipe.autoencoder])
     parts = [to_numpy(encode(images[i : i + batch_size])) for i in range(0, len(images), batch_size)]
-    back = np.concatenate([to_numpy(decode(part)) for part in parts])
-    return np.concatenate(parts), np.round(127.5 * (np.clip(back, -1, 1) + 1)).astype("uint8")
+    return np.concatenate(parts), np.concatenate([to_numpy(decode(part)) for part in parts])
 
 
 def _losses(pipe: TextToImage, latents, captions, batch_size: int, seed: int) -> tuple[float, list[float]]:
     """The training's loss on fixed noise, and by t."""
     diffusion = GaussianDiffusion(pipe.schedule, pipe.settings.prediction)
     model = DiffusionTraining(pipe.unet, pipe.text_encoder, diffusion, pipe.tokenizer("")[0], bins=BINS, seed=seed)
-    model.compile(jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
+    model.compile(jit_compile=fit_compilation())
     batch = {
         "latent": latents,
         "tokens": pipe.tokenizer(list(captions)),

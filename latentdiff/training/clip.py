@@ -172,7 +172,7 @@ class CLIPTraining(TrainingModel):
     def compute_loss(self, x: Any = None, y=None, y_pred: Any = None, sample_weight=None, training=True):
         """The mean loss of what `call` gives, and the metrics; of a replica, its share of the global batch's loss."""
         image, text = (ops.cast(embedding, "float32") for embedding in y_pred)  # (B, E)
-        all_image, all_text, first, _ = gather_replicas(image, text)  # (B', E), B' of all replicas
+        all_image, all_text, first = gather_replicas(image, text)  # (B', E), B' of all replicas
         to_text = self.logits(image, all_text)  # (B, B')
         to_image = ops.transpose(self.logits(all_image, text))  # (B, B')
         own = first + ops.arange(ops.shape(image)[0])

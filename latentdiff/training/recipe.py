@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import to_numpy
+from latentdiff.backend import fit_compilation, to_numpy
 from latentdiff.data import CaptionedImages, Index, Steps, index_source, make_buckets, to_tf_dataset
 from latentdiff.data.draws import uniform
 from latentdiff.training.devices import distributed, join_hosts, rows_here
@@ -73,7 +73,7 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
         recipe.model.compile(
             optimizer=make_optimizer(config),
             steps_per_execution=config.steps_per_execution,
-            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+            jit_compile=fit_compilation(),
         )
         validation = recipe.validation
 

@@ -9,7 +9,7 @@ import numpy as np
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.presets import named_variables
+from latentdiff.presets import HeldArrays
 from latentdiff.training.autoencoder import AutoencoderTraining
 from latentdiff.training.discriminator import PatchDiscriminator
 from latentdiff.training.recipe import Recipe, buckets_of, image_batches, in_policy, index_of, validation_batches
@@ -48,17 +48,16 @@ def autoencoder_recipe(config: AutoencoderConfig) -> Recipe:
         seed=config.seed,
     )
     buckets = buckets_of(config, autoencoder.factor)
-    shown = validation_batches(config, held, buckets) or image_batches(config, index, buckets)
-    # Every process has the same pictures to show: the first batch's first.
-    images = (shown() if len(held) >= config.batch_size else shown(0, 1)).batch_at(0)["image"][:SHOWN]  # pyright: ignore
+    batches, validation = image_batches(config, index, buckets), validation_batches(config, held, buckets)
+    shown = validation() if validation else batches(0, 1)
+    images = shown.batch_at(0)["image"][:SHOWN]
     again = Compiled(autoencoder, [autoencoder])
 
     def save(path: Path) -> None:
-        arrays = {name: to_numpy(variable) for name, variable in named_variables(autoencoder)}
-        write_component(path, "autoencoder", autoencoder.config, arrays, overwrite=True)
+        write_component(path, "autoencoder", autoencoder.config, HeldArrays(autoencoder), overwrite=True)
 
     def sample() -> np.ndarray:
         pairs = np.concatenate([images, to_numpy(again(images), "float32")], axis=1)
         return np.round(127.5 * (np.clip(pairs, -1, 1) + 1)).astype("uint8")
 
-    return Recipe(model, image_batches(config, index, buckets), validation_batches(config, held, buckets), save, sample)
+    return Recipe(model, batches, validation, save, sample)

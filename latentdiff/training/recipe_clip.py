@@ -9,7 +9,7 @@ from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.training.clip import CLIPTraining
 from latentdiff.training.recipe import Recipe, buckets_of, image_batches, index_of, validation_batches
-from latentdiff.training_config import CLIPConfig
+from latentdiff.training_config import CLIPConfig, DiffusionConfig
 
 
 def clip_recipe(config: CLIPConfig) -> Recipe:
@@ -20,15 +20,7 @@ def clip_recipe(config: CLIPConfig) -> Recipe:
     if config.start:
         model = CLIPTraining.from_preset(config.start, dtype=config.dtype, ema_decay=ema_decay, seed=config.seed)
     else:
-        text_encoder = CLIPTextEncoder(
-            tokenizer.vocabulary_size,
-            tokenizer.context_length,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_width=config.mlp_width,
-            dtype=config.dtype,
-        )
+        text_encoder = new_text_encoder(config, tokenizer)
         image_encoder = CLIPImageEncoder(
             config.size,
             config.patch_size,
@@ -61,3 +53,16 @@ def tokenizer_of(preset: str) -> CLIPTokenizer:
     from latentdiff.checkpoints.clip_vocabulary import clip_tokenizer
 
     return CLIPTokenizer(**clip_tokenizer())
+
+
+def new_text_encoder(config: CLIPConfig | DiffusionConfig, tokenizer: CLIPTokenizer) -> CLIPTextEncoder:
+    """A text encoder of the configuration's sizes, with random weights."""
+    return CLIPTextEncoder(
+        tokenizer.vocabulary_size,
+        tokenizer.context_length,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        mlp_width=config.mlp_width,
+        dtype=config.dtype,
+    )

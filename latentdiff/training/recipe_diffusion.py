@@ -20,7 +20,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage
 from latentdiff.training.diffusion import DiffusionTraining
 from latentdiff.training.recipe import Recipe, buckets_of, in_policy, index_of, part_here
-from latentdiff.training.recipe_clip import tokenizer_of
+from latentdiff.training.recipe_clip import new_text_encoder, tokenizer_of
 from latentdiff.training_config import DiffusionConfig
 
 
@@ -142,15 +142,7 @@ def _parts(config: DiffusionConfig) -> presets.Parts:
     if config.text_encoder:
         text_encoder = in_policy(CLIPTextEncoder.from_preset(config.text_encoder, dtype="float32"), config.dtype)
     else:
-        text_encoder = CLIPTextEncoder(
-            tokenizer.vocabulary_size,
-            tokenizer.context_length,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_width=config.mlp_width,
-            dtype=config.dtype,
-        )
+        text_encoder = new_text_encoder(config, tokenizer)
     unet = UNet(
         autoencoder.latent_channels,
         autoencoder.latent_channels,

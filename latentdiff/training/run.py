@@ -218,8 +218,6 @@ class Run(keras.callbacks.Callback):
 
     def _keep(self, due: set[str], logs: Mapping[str, Any]) -> None:
         """Does what is due after batch `self.step`; each time a row of metrics is written and the next one begins."""
-        if not due:
-            return
         sync_state(self.model)
         try:
             losses = self.model.last_losses(self.step - self._row)

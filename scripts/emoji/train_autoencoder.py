@@ -12,10 +12,10 @@ import pathlib
 import keras
 import numpy as np
 
-from latentdiff.backend import to_numpy
+from latentdiff.backend import fit_compilation
 from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.presets import named_variables
+from latentdiff.presets import HeldArrays
 from latentdiff.training import AutoencoderTraining, Run
 
 CONFIG = {"channels": (16, 32, 96, 128), "blocks_per_level": 1, "groups": 8}
@@ -64,7 +64,7 @@ def main(data: pathlib.Path, output: pathlib.Path, steps: int, batch_size: int, 
     model = AutoencoderTraining(autoencoder)
     rate = keras.optimizers.schedules.CosineDecay(0.0, steps, 0.01, warmup_target=learning_rate, warmup_steps=200)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=1e-4, beta_2=0.99, clipnorm=1.0)
-    model.compile(optimizer=optimizer, jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
+    model.compile(optimizer=optimizer, jit_compile=fit_compilation())
     config = {"model": CONFIG, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     run = Run(output / "autoencoder_run", config, steps, checkpoint_every=100)
     first_step = run.resume(model)
@@ -75,8 +75,7 @@ def main(data: pathlib.Path, output: pathlib.Path, steps: int, batch_size: int, 
             batches = Images(images, train, batch_size, size, first, last)
             model.fit(batches, callbacks=[run], shuffle=False)
     print("validation:", model.evaluate(held, batch_size=16, verbose=0, return_dict=True))
-    arrays = {path: to_numpy(variable) for path, variable in named_variables(autoencoder)}
-    write_component(output / "autoencoder", "autoencoder", autoencoder.config, arrays, overwrite=True)
+    write_component(output / "autoencoder", "autoencoder", autoencoder.config, HeldArrays(autoencoder), overwrite=True)
 
 
 if __name__ == "__main__":

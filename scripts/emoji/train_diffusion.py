@@ -16,7 +16,7 @@ from captions import training_caption
 from records import Record, read_index
 
 from latentdiff import presets
-from latentdiff.backend import Compiled, to_numpy
+from latentdiff.backend import Compiled, fit_compilation, to_numpy
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.checkpoints.files import check_replaceable
 from latentdiff.diffusion.process import GaussianDiffusion
@@ -134,7 +134,7 @@ def main(
     rate = WarmupStableDecay(learning_rate, steps, decay=decay)
     decays = {"weight_decay": 1e-2, "adam_weight_decay": 1e-2}
     optimizer = KernelMuon(rate, **decays, adam_beta_2=0.99, adam_lr_ratio=0.8)
-    model.compile(optimizer=optimizer, jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
+    model.compile(optimizer=optimizer, jit_compile=fit_compilation())
     size = latents.shape[1:3]
     parts = presets.Parts(tokenizer, text_encoder, unet, autoencoder, SETTINGS, (int(size[0]), int(size[1])))
     config = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "decay": decay}
