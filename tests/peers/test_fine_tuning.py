@@ -1,4 +1,4 @@
-"""What is fine-tuned here from a directory of diffusers' opens in diffusers, changed where it was trained and nowhere else."""
+"""What is fine-tuned here from diffusers' files opens in diffusers, changed where it was trained and nowhere else."""
 
 import keras
 import numpy as np
