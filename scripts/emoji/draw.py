@@ -5,7 +5,8 @@ Then   python scripts/emoji/judge_emoji.py data/emoji/gallery runs/emoji/drawn
 
 Every held-out pair and the first seen ones, in the order of the split's hash, one picture each: the model's defaults,
 seed 0, as they come. The sheets, OUTPUT/seen.png and OUTPUT/held_out.png, show the first of each, the true drawing
-above what the model drew. Another model's pictures are removed first: OUTPUT/model.sha256 says whose they are.
+above what the model drew; OUTPUT/free.png shows what it draws for free_prompts.txt, row by row in the file's order.
+Another model's pictures are removed first: OUTPUT/model.sha256 says whose they are.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import latentdiff as ld
 from latentdiff.catalogue import resolve_preset
 
 COLUMNS, ROWS = 10, 4
+FREE_PROMPTS = pathlib.Path(__file__).with_name("free_prompts.txt")
 
 
 def hash_of(record: Record) -> bytes:
@@ -65,6 +67,13 @@ def sheet(records: list[Record], gallery: pathlib.Path, output: pathlib.Path) ->
     return Image.fromarray(np.concatenate(rows))
 
 
+def free_sheet(pipe: ld.TextToImage, prompts: list[str], batch_size: int) -> Image.Image:
+    """What the model draws for words of its user's own, one picture each."""
+    images = pipe.generate(prompts, seed=[0] * len(prompts), batch_size=batch_size, progress=False)
+    rows = [np.concatenate(images[start : start + COLUMNS], axis=1) for start in range(0, len(images), COLUMNS)]
+    return Image.fromarray(np.concatenate(rows))
+
+
 def main(data: pathlib.Path, preset: str, output: pathlib.Path, seen: int, held_out: int, batch_size: int) -> None:
     records = sorted(read_index(data / "index.jsonl"), key=hash_of)
     chosen = {
@@ -73,6 +82,7 @@ def main(data: pathlib.Path, preset: str, output: pathlib.Path, seen: int, held_
     }
     start(output, preset)
     pipe = ld.TextToImage.from_preset(preset)
+    free_sheet(pipe, FREE_PROMPTS.read_text(encoding="utf-8").splitlines(), batch_size).save(output / "free.png")
     for name, part in chosen.items():
         if part:
             draw(pipe, part, output, batch_size)
