@@ -4,6 +4,7 @@
 #   make test                                    the tests, on TensorFlow and on JAX
 #   make lint                                    ruff and pyright
 #   make peers                                   the comparison with diffusers, transformers, KerasCV (needs torch)
+#   make bench                                   speed and memory side by side with them; BENCH="--size tiny" rehearses
 #   make serving                                 an export answers where tensorflow-cpu is all there is, no Keras
 #   make wheel                                   builds the wheel and generates from it in an empty directory
 
@@ -35,7 +36,7 @@ NO_ARRAYS := architecture cli cli_export data data_images data_order emoji_recip
 	mutated_files packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
-.PHONY: run test test-tensorflow test-jax lint format peers serving wheel clean
+.PHONY: run test test-tensorflow test-jax lint format peers bench serving wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
@@ -62,6 +63,9 @@ format: $(VENV)/.lint
 
 peers: $(VENV_PEERS)/.peers
 	TF_CPP_MIN_LOG_LEVEL=2 KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python -m pytest --durations=15 tests/peers
+
+bench: $(VENV_PEERS)/.peers
+	$(VENV_PEERS)/bin/python -m benchmarks $(BENCH)
 
 serving: $(VENV)/.run $(VENV_SERVING)/.serving
 	folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; export TF_CPP_MIN_LOG_LEVEL=2 \

@@ -3,9 +3,10 @@
 usage: python -m benchmarks --tasks unet decode --repetitions 5
        python -m benchmarks --plot benchmarks/results/peers-sd15.json docs/
 
-Each system has processes of its own, which are asked for one repetition in turn; a generation and a start have a process
-for each. `make bench` runs it where the peers are installed; a system that is not is left out by its name, and one
-that fails ends nothing. Every run is kept as JSON, with the machine; times on a machine that does other work mean nothing.
+Each system has processes of its own, which are asked for one repetition in turn; of a generation and a start each
+repetition has a process. `make bench` runs it where the peers are installed; a system that is not is left out by its
+name, and one that fails ends nothing. Every run is kept as JSON, with the machine. On one that does other work, times
+mean nothing. torch.compile finds what it kept on disk from its second process on.
 """
 
 from __future__ import annotations

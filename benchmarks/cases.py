@@ -25,12 +25,12 @@ COLD = ("generate", "start")  # each repetition in a process of its own, timed f
 TRAINING = {
     "full": {
         "channels": (64, 128, 128),
+        "attention": (True, True, False),
         "heads": 4,
         "context_dim": 256,
         "groups": 32,
-        "attention": (True, True, False),
     },
-    "small": {"channels": (16, 32), "heads": 2, "context_dim": 16, "groups": 8, "attention": (True, False)},
+    "small": {"channels": (16, 32), "attention": (True, False), "heads": 2, "context_dim": 16, "groups": 8},
 }
 LEARNING_RATE = 1e-4
 CAPTION_DROPOUT = 0.1

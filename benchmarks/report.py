@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import COLD, TASKS
+from benchmarks.cases import SIZES, TASKS
 
 PEER = "diffusers"  # and its variants, whose names begin so
 OURS = "latentdiff"
@@ -139,8 +139,6 @@ def _cpu(result: dict[str, Any], row: Row) -> str:
 
 
 def _images(result: dict[str, Any], row: Row) -> float:
-    from benchmarks.cases import SIZES
-
     return SIZES[result["settings"]["size"]].batch / row.median
 
 

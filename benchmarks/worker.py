@@ -4,7 +4,8 @@
     {"repeat": true}     -> figures of one repetition
     end of input         -> it ends
 
-A cold job is done once, with no word after it: its process is what is timed. What libraries print goes to standard error.
+A cold job is done once, with no word after it: its process is what is timed. What libraries print goes to standard
+error.
 """
 
 from __future__ import annotations
