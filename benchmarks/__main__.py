@@ -57,7 +57,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--pixels", type=int, nargs="+", help="heights of the pictures, and widths; default: the size's own")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both, where the processor has them")
     add("--emulate-bfloat16", action="store_true", help="also where the processor must emulate it")
-    add("--repetitions", type=int, default=5)
+    add("--repetitions", type=int, default=5, help="default: 5; of the laws of scaling one")
+    add("--cold-repetitions", type=int, default=3, help="of a generation and a start; default: 3")
     add("--num-steps", type=int, default=20, help="of a generation; default: 20")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every system; default: the cores")
     add("--seconds", type=float, default=1.0, help="that a repetition lasts at least, by as many calls; default: 1")
@@ -66,7 +67,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="JSON; default: peers-SIZE.json in benchmarks/results/")
     add("--plot", nargs=2, metavar=("JSON", "FOLDER"), help="draws the plots of a run, and prints its table")
     options = parser.parse_args(arguments)
-    for name in ("repetitions", "num_steps", "threads"):
+    for name in ("repetitions", "cold_repetitions", "num_steps", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1. Received: {getattr(options, name)}.")
     options.dtypes = [dtype for dtype in DTYPES if dtype in options.dtypes]

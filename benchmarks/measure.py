@@ -42,7 +42,17 @@ class Measurement:
             "machine": described,
             "settings": {
                 name: getattr(options, name)
-                for name in ("size", "tasks", "systems", "repetitions", "num_steps", "threads", "seconds", "pixels")
+                for name in (
+                    "size",
+                    "tasks",
+                    "systems",
+                    "repetitions",
+                    "cold_repetitions",
+                    "num_steps",
+                    "threads",
+                    "seconds",
+                    "pixels",
+                )
             },
             "skipped": [],
             "errors": [],
@@ -110,7 +120,7 @@ class Measurement:
 
     def _cold(self, case: Case, systems: list[str]) -> None:
         failed: set[str] = set()
-        for repetition, name in interleaved(systems, self.options.repetitions):
+        for repetition, name in interleaved(systems, self.options.cold_repetitions):
             if name in failed:
                 continue
             for place in (self.directory, self.work / SYSTEMS[name].module):
@@ -132,7 +142,8 @@ class Measurement:
         needs = {name: SIZES[self.options.size].peak_gib * SYSTEMS[name].peak for name in systems}
         pool, failed = Pool(start, SHARE * machine.available_gib(), needs), set()
         try:
-            for repetition, name in interleaved(systems, self.options.repetitions):
+            times = 1 if case.task == "scaling" else self.options.repetitions
+            for repetition, name in interleaved(systems, times):
 
                 def once(repetition=repetition, name=name) -> None:
                     self._ran(case, name, repetition, pool.worker(name).repeat())

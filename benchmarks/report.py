@@ -108,7 +108,8 @@ def table(result: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"{settings['size']}; {machine['processor']}, {', '.join(machine['gpus']) or 'no GPU'}, {settings['threads']} "
-        f"threads; {settings['num_steps']} steps; medians of {settings['repetitions']}; {packages}",
+        f"threads; {settings['num_steps']} steps; medians of {settings['repetitions']}, of whole processes "
+        f"{settings['cold_repetitions']}; {packages}",
         "",
         "| | system | median | spread | to the best of diffusers | cpu s | distance from diffusers, float32 |",
         "|---|---|---|---|---|---|---|",

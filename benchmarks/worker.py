@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.cases import COLD, Case
-from benchmarks.systems import SYSTEMS, Job, Unavailable
+from benchmarks.systems import SYSTEMS, Job, Measured, Unavailable
 
 MOST_CALLS = 1000
 
@@ -73,9 +73,10 @@ def cold(job: Job) -> dict[str, Any]:
 def warm(job: Job) -> Repeat:
     """What repeats a job, made ready: loaded, traced, and its output kept."""
     call = getattr(SYSTEMS[job.system].asker(job), job.case.task)()
-    said = call()
-    if isinstance(said, np.ndarray):
-        np.save(output_path(job.work, job.case, job.system), said)
+    if not isinstance(call, Measured):
+        said = call()
+        if isinstance(said, np.ndarray):
+            np.save(output_path(job.work, job.case, job.system), said)
     return Repeat(call, job.seconds)
 
 
@@ -87,26 +88,25 @@ def output_path(work: Path, case: Case, system: str) -> Path:
 
 
 class Repeat:
-    """A function, called so often that it lasts a while; called once where it gives its own figures.
+    """A function, called so often that it lasts a while; called once where it measures by itself.
 
     Attributes:
-        found: how often, and the seconds that told so.
+        found: how often, and the seconds of one call that told so.
     """
 
     def __init__(self, call: Callable[[], Any], seconds: float):
         self.call, self.calls, self.found = call, 1, {}
-        said, took = machine.timed(call)
-        if not isinstance(said, dict):
+        if not isinstance(call, Measured):
+            _, took = machine.timed(call)
             self.calls = min(MOST_CALLS, max(1, math.ceil(seconds / took["wall_s"])))
-        self.found = {"calls": self.calls, "warm_s": took["wall_s"]}
+            self.found = {"calls": self.calls, "warm_s": took["wall_s"]}
 
     def __call__(self) -> dict[str, Any]:
         """The seconds of one call, on average; or what the function itself says."""
-        if self.calls > 1:
-            _, took = machine.timed(lambda: [self.call() for _ in range(self.calls)])
-            return {clock: seconds / self.calls for clock, seconds in took.items()}
-        said, took = machine.timed(self.call)
-        return said if isinstance(said, dict) else took
+        if isinstance(self.call, Measured):
+            return self.call()
+        _, took = machine.timed(lambda: [self.call() for _ in range(self.calls)])
+        return {clock: seconds / self.calls for clock, seconds in took.items()}
 
 
 if __name__ == "__main__":

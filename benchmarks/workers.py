@@ -64,7 +64,7 @@ class Worker:
         return self._answer("figures")
 
     def whole(self) -> dict[str, float]:
-        """The figures of a cold job, from its process' beginning to the end; `done_s` is when it said that it was done."""
+        """The figures of a cold job, from its process' beginning to the end; `done_s` is when it said it was done."""
         self._answer("done")
         done = time.perf_counter() - self.begun
         alarm = threading.Timer(self.timeout, self.process.kill)

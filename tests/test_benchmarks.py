@@ -10,7 +10,7 @@ from benchmarks import report, weights, worker
 from benchmarks.__main__ import read_options
 from benchmarks.cases import SIZES, Case, make_cases
 from benchmarks.measure import difference
-from benchmarks.systems import SYSTEMS, Job, Unavailable
+from benchmarks.systems import SYSTEMS, Job, Measured, Unavailable
 from benchmarks.workers import Pool, WorkerFailed, interleaved
 
 
@@ -84,7 +84,7 @@ def test_worker_that_fills_memory_alone_is_started_still():
 
 
 def result(runs, **more):
-    settings = {"size": "sd15", "threads": 2, "num_steps": 20, "repetitions": 3}
+    settings = {"size": "sd15", "threads": 2, "num_steps": 20, "repetitions": 3, "cold_repetitions": 3}
     machine = {"processor": "P", "gpus": [], "packages": {"numpy": "2"}}
     blank = {"skipped": [], "errors": [], "differences": []}
     return {"machine": machine, "settings": settings, "runs": runs, **blank, **more}
@@ -186,9 +186,11 @@ def test_repetition_lasts_as_long_as_asked():
     assert len(calls) == 1 + worker.MOST_CALLS
 
 
-def test_own_figures_are_kept():
-    repeat = worker.Repeat(lambda: {"wall_s": 0.5}, seconds=1e9)
-    assert repeat() == {"wall_s": 0.5}
+def test_what_measures_by_itself_is_asked_once_a_repetition():
+    calls = []
+    repeat = worker.Repeat(Measured(lambda: calls.append(1) or {"wall_s": 0.5}), seconds=1e9)
+    assert calls == []
+    assert repeat() == {"wall_s": 0.5} and calls == [1]
 
 
 def test_system_that_is_not_installed_is_named():

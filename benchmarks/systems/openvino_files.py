@@ -51,6 +51,7 @@ class Asker:
         tokens, latent = torch.from_numpy(given["tokens"]).long(), torch.from_numpy(_first(given["latent"]))
         timestep, context = torch.from_numpy(given["timestep"]), torch.from_numpy(given["context"])
         fresh = self.files.with_name(f"{self.files.name}.part")
+        fresh.mkdir(exist_ok=True)
         for name, network_class, method, examples in (
             ("text_encoder", transformers.CLIPTextModel, "forward", (tokens,)),
             ("unet", diffusers.UNet2DConditionModel, "forward", (torch.cat([latent] * 2), timestep, context)),

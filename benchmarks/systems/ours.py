@@ -13,7 +13,7 @@ import numpy as np
 import latentdiff
 from benchmarks import weights
 from benchmarks.cases import GUIDANCE_SCALE, PROMPT
-from benchmarks.systems import Job, Unavailable
+from benchmarks.systems import Job, Measured, Unavailable
 from latentdiff.backend import Compiled, to_numpy
 
 
@@ -31,7 +31,7 @@ class Asker:
         if engine is not None and "engine" not in known:
             raise Unavailable(f"this version of latentdiff has no `engine` to choose, so no {engine!r}")
 
-    def unet(self) -> Callable[[], np.ndarray] | Callable[[], dict[str, float]]:
+    def unet(self) -> Callable[[], np.ndarray] | Measured:
         """Gives the prediction (2, h, w, c); on another engine the seconds of a guided step within `generate`."""
         if self.engine is not None:
             return self._step()
@@ -45,7 +45,7 @@ class Asker:
         run = Compiled(network, [unet])
         return lambda: to_numpy(run(latent, given["timestep"], given["context"]), "float32")
 
-    def _step(self) -> Callable[[], dict[str, float]]:
+    def _step(self) -> Measured:
         pipe, times = self._load(), []
 
         def measured() -> dict[str, float]:
@@ -53,7 +53,8 @@ class Asker:
             self._generate(pipe, 2, output="latent", callback=lambda row, latent: times.append(time.perf_counter()))
             return {"wall_s": times[1] - times[0]}
 
-        return measured
+        measured()
+        return Measured(measured)
 
     def text(self) -> Callable[[], np.ndarray]:
         """Gives the context (1, S, D)."""
@@ -81,23 +82,23 @@ class Asker:
         """Loads, and makes the first step."""
         self._generate(self._load(), 1, output="latent")
 
-    def train(self) -> Callable[[], Any]:
-        """A step of training; gives the number of pictures in it."""
+    def train(self) -> Measured:
+        """A step's seconds."""
         from benchmarks.systems import ours_training
 
-        return ours_training.step(self.job)
+        return Measured(ours_training.step(self.job))
 
-    def fit(self) -> Callable[[], dict[str, float]]:
+    def fit(self) -> Measured:
         """An epoch's seconds beyond its steps."""
         from benchmarks.systems import ours_training
 
-        return ours_training.overhead(self.job)
+        return Measured(ours_training.overhead(self.job))
 
-    def scaling(self) -> Callable[[], dict[str, Any]]:
+    def scaling(self) -> Measured:
         """Times by batch size and number of steps, traces and memory."""
         from benchmarks.systems import ours_scaling
 
-        return ours_scaling.laws(self.job, self._load())
+        return Measured(ours_scaling.laws(self.job, self._load()))
 
     def _load(self):
         engine = {} if self.engine is None else {"engine": self.engine}
