@@ -31,9 +31,9 @@ PINNED := requirements.txt pyproject.toml
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
-# The same tests run on JAX, less those that touch no array.
-NO_ARRAYS := architecture cli cli_export data data_images data_order emoji_recipe evaluation export_tokenizer hub \
-	mutated_files packaging pictures
+# The same tests run on JAX, less those that touch no array and that of the benchmarks, which measure TensorFlow.
+NO_ARRAYS := architecture benchmarks cli cli_export data data_images data_order emoji_recipe evaluation \
+	export_tokenizer hub mutated_files packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 .PHONY: run test test-tensorflow test-jax lint format peers bench serving wheel clean

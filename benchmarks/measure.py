@@ -21,6 +21,10 @@ from benchmarks.worker import output_path
 from benchmarks.workers import Pool, Worker, WorkerFailed, WorkerUnavailable, interleaved
 
 REFERENCE = ("diffusers", "float32")  # whose outputs others are compared with
+SETTINGS = (
+    *("size", "tasks", "systems", "pixels"),
+    *("repetitions", "cold_repetitions", "num_steps", "threads", "seconds"),
+)
 SHARE = 0.85  # of the memory that is there, for the workers
 PAUSE = 0.3  # seconds after a repetition, in which the threads of a library stop waiting for work
 
@@ -40,20 +44,7 @@ class Measurement:
         described = machine.describe()
         self.result: dict[str, Any] = {
             "machine": described,
-            "settings": {
-                name: getattr(options, name)
-                for name in (
-                    "size",
-                    "tasks",
-                    "systems",
-                    "repetitions",
-                    "cold_repetitions",
-                    "num_steps",
-                    "threads",
-                    "seconds",
-                    "pixels",
-                )
-            },
+            "settings": {name: getattr(options, name) for name in SETTINGS},
             "skipped": [],
             "errors": [],
             "workers": [],

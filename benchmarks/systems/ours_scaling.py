@@ -18,7 +18,7 @@ CALLS, SETTLED = 200, 40  # calls in which memory may not grow, after those in w
 
 def laws(job: Job, pipe: Any) -> Callable[[], dict[str, Any]]:
     """A function that gives {"batch": {B: seconds}, "steps": {n: seconds}, "traces", "growth_mib"}."""
-    pixels, small = job.case.pixels, SIZES[job.size].leak_pixels
+    pixels, small = job.case.pixels or SIZES[job.size].pixels, SIZES[job.size].leak_pixels
 
     def latents(size: int, num_images: int, num_steps: int, seed: int = 0) -> float:
         begun = time.perf_counter()
