@@ -4,6 +4,7 @@
 #   make test                                    the tests, on TensorFlow and on JAX
 #   make lint                                    ruff and pyright
 #   make peers                                   the comparison with diffusers, transformers, KerasCV (needs torch)
+#   make bench                                   speed and memory side by side with them; BENCH="--size tiny" rehearses
 #   make serving                                 an export answers where tensorflow-cpu is all there is, no Keras
 #   make wheel                                   builds the wheel and generates from it in an empty directory
 
@@ -30,16 +31,16 @@ PINNED := requirements.txt pyproject.toml
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
-# The same tests run on JAX, less those that touch no array.
-NO_ARRAYS := architecture cli cli_export data data_images data_order emoji_recipe evaluation export_tokenizer hub \
-	mutated_files packaging pictures
+# The same tests run on JAX, less those that touch no array and that of the benchmarks, which measure TensorFlow.
+NO_ARRAYS := architecture benchmarks cli cli_export data data_images data_order emoji_recipe evaluation \
+	export_tokenizer hub mutated_files packaging pictures
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 # A process for each core, since tracing and compiling keep to one; a file's tests stay together and share what they build.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: run test test-tensorflow test-jax lint format peers serving wheel clean
+.PHONY: run test test-tensorflow test-jax lint format peers bench serving wheel clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run
@@ -66,6 +67,9 @@ format: $(VENV)/.lint
 
 peers: $(VENV_PEERS)/.peers
 	KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python $(PYTEST) tests/peers
+
+bench: $(VENV_PEERS)/.peers
+	$(VENV_PEERS)/bin/python -m benchmarks $(BENCH)
 
 serving: $(VENV)/.run $(VENV_SERVING)/.serving
 	folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; \

@@ -1,4 +1,4 @@
-"""Measurements beside the peers, each a command: `python -m benchmarks.loading`, `python -m benchmarks.serving`."""
+"""Measurements beside the peers: `python -m benchmarks`; and `python -m benchmarks.loading`, `.serving` ..."""
 
 import sys
 from pathlib import Path

@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import resource
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("tensorflow", "keras", "numpy", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+PACKAGES = (
+    *("tensorflow", "keras", "keras-cv", "numpy", "openvino"),
+    *("torch", "diffusers", "transformers", "accelerate", "safetensors"),
+)
 MIB = 2**20
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # of a processor, that decide its kernels
 
@@ -27,6 +32,7 @@ def describe() -> dict[str, Any]:
         "processor": processor.get("model name", platform.processor()),
         "flags": [flag for flag in FLAGS if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
+        "gpus": _gpus(),
         "memory_gib": round(int(memory.split()[0]) / 2**20, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -52,6 +58,30 @@ def cpu_seconds() -> float:
 def peak_memory_gib() -> float:
     """The most memory that this process has held so far (VmHWM)."""
     return int(_fields("/proc/self/status")["VmHWM"].split()[0]) / 2**20
+
+
+def memory_mib() -> float:
+    """What this process holds now (VmRSS)."""
+    return _status()["VmRSS"] / MIB
+
+
+def available_gib() -> float:
+    """Memory that new processes can have (MemAvailable)."""
+    return int(_fields("/proc/meminfo")["MemAvailable"].split()[0]) / 2**20
+
+
+def has_bfloat16(described: dict[str, Any]) -> bool:
+    """Whether the machine that `describe` speaks of multiplies bfloat16, and need not emulate it."""
+    return bool(described["gpus"] or {"avx512_bf16", "amx_bf16"} & set(described["flags"]))
+
+
+def _gpus() -> list[str]:
+    """NVIDIA's, by name."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    said = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    return said.stdout.splitlines() if said.returncode == 0 else []
 
 
 def _fields(path: str) -> dict[str, str]:

@@ -1,0 +1,113 @@
+"""This package, on Keras' own networks or on another engine."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import latentdiff
+from benchmarks import weights
+from benchmarks.cases import GUIDANCE_SCALE, PROMPT
+from benchmarks.systems import Job, Measured, Unavailable
+from latentdiff.backend import Compiled, to_numpy
+
+
+class Asker:
+    """See `systems.System`.
+
+    Args:
+        job: what to do.
+        engine: of `from_preset`; None is Keras.
+    """
+
+    def __init__(self, job: Job, engine: str | None = None):
+        self.job, self.engine, self.dtype = job, engine, job.case.dtype
+        known = inspect.signature(latentdiff.TextToImage.from_preset).parameters
+        if engine is not None and "engine" not in known:
+            raise Unavailable(f"this version of latentdiff has no `engine` to choose, so no {engine!r}")
+
+    def unet(self) -> Callable[[], np.ndarray] | Measured:
+        """Gives the prediction (2, h, w, c); on another engine the seconds of a guided step within `generate`."""
+        if self.engine is not None:
+            return self._step()
+        unet = latentdiff.UNet.from_preset(self.job.directory, dtype=self.dtype)
+        given = weights.inputs(self.job.directory, self.job.case.pixels)
+        latent = np.concatenate([given["latent"]] * 2)
+
+        def network(latent, timestep, context):
+            return unet({"latent": latent, "timestep": timestep, "context": context}, training=False)
+
+        run = Compiled(network, [unet])
+        return lambda: to_numpy(run(latent, given["timestep"], given["context"]), "float32")
+
+    def _step(self) -> Measured:
+        pipe, times = self._load(), []
+
+        def measured() -> dict[str, float]:
+            times.clear()
+            self._generate(pipe, 2, output="latent", callback=lambda row, latent: times.append(time.perf_counter()))
+            return {"wall_s": times[1] - times[0]}
+
+        measured()
+        return Measured(measured)
+
+    def text(self) -> Callable[[], np.ndarray]:
+        """Gives the context (1, S, D)."""
+        encoder = latentdiff.CLIPTextEncoder.from_preset(self.job.directory, dtype=self.dtype)
+        tokens = weights.inputs(self.job.directory)["tokens"]
+        run = Compiled(lambda tokens: encoder(tokens, training=False), [encoder])
+        return lambda: to_numpy(run(tokens), "float32")
+
+    def decode(self) -> Callable[[], np.ndarray]:
+        """Gives the image (1, H, W, 3)."""
+        autoencoder = latentdiff.Autoencoder.from_preset(self.job.directory, dtype=self.dtype)
+        latent = weights.inputs(self.job.directory, self.job.case.pixels)["latent"]
+        run = Compiled(autoencoder.decode, [autoencoder])
+        return lambda: to_numpy(run(latent), "float32")
+
+    def generate(self, path: Path) -> np.ndarray:
+        """Writes a picture, uint8 (H, W, 3), and gives it."""
+        from PIL import Image
+
+        (image,) = self._generate(self._load(), self.job.num_steps)
+        Image.fromarray(image).save(path)
+        return image
+
+    def start(self) -> None:
+        """Loads, and makes the first step."""
+        self._generate(self._load(), 1, output="latent")
+
+    def train(self) -> Measured:
+        """A step's seconds."""
+        from benchmarks.systems import ours_training
+
+        return Measured(ours_training.step(self.job))
+
+    def fit(self) -> Measured:
+        """An epoch's seconds beyond its steps."""
+        from benchmarks.systems import ours_training
+
+        return Measured(ours_training.overhead(self.job))
+
+    def scaling(self) -> Measured:
+        """Times by batch size and number of steps, traces and memory."""
+        from benchmarks.systems import ours_scaling
+
+        return Measured(ours_scaling.laws(self.job, self._load()))
+
+    def _load(self):
+        engine = {} if self.engine is None else {"engine": self.engine}
+        return latentdiff.TextToImage.from_preset(self.job.directory, dtype=self.dtype, **engine)
+
+    def _generate(self, pipe, num_steps: int, **choices: Any) -> np.ndarray:
+        pixels = self.job.case.pixels
+        noise = weights.inputs(self.job.directory, pixels)["latent"]
+        return pipe.generate(
+            PROMPT, num_steps=num_steps, guidance_scale=GUIDANCE_SCALE, height=pixels, width=pixels, noise=noise,
+            progress=False, **choices,
+        )  # fmt: skip
