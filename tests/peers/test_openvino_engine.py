@@ -1,0 +1,69 @@
+"""`generate` with OpenVINO's networks makes the pictures that it makes with Keras' own."""
+
+import tempfile
+
+import numpy as np
+import pytest
+from tiny_models import LATENT, numbers
+
+import latentdiff as ld
+
+ARGUMENTS = {"prompt": ["a red heart", "the cat"], "num_steps": 3, "seed": 5, "progress": False}
+
+
+def grey_levels(first, second):
+    """The largest difference of two pictures."""
+    assert first.dtype == second.dtype == np.uint8
+    assert first.shape == second.shape
+    return np.abs(first.astype(int) - second).max()
+
+
+@pytest.fixture(scope="module")
+def fast_pipe(tiny_pipe):
+    """The tiny pipeline, the same weights, in OpenVINO."""
+    return ld.TextToImage(tiny_pipe.parts, engine="openvino")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_interval": (0, 2), "guidance_rescale": 0.5, "negative_prompt": ["green", "blue"]},
+        {"num_images": 2, "batch_size": 3, "sampler": "euler_ancestral"},
+        {"height": 6, "width": 10, "sampler": "dpmpp_2m"},
+        {"noise": numbers(2, *LATENT), "eta": 0.5},
+    ],
+)
+def test_engines_make_the_same_picture(arguments, fast_pipe, tiny_pipe):
+    theirs = fast_pipe.generate(**ARGUMENTS, **arguments)
+    assert len(np.unique(theirs)) > 50
+    assert grey_levels(theirs, tiny_pipe.generate(**ARGUMENTS, **arguments)) <= 1
+
+
+def test_engines_make_the_same_latents(fast_pipe, tiny_pipe):
+    seen = []
+    latent = fast_pipe.generate(**ARGUMENTS, output="latent", callback=lambda step, latent: seen.append(latent))
+    np.testing.assert_array_equal(seen[-1], latent)
+    np.testing.assert_allclose(latent, tiny_pipe.generate(**ARGUMENTS, output="latent"), atol=1e-3)
+
+
+def test_networks_are_converted_once_and_compiled_for_each_size(tiny_pipe):
+    pipe = ld.TextToImage(tiny_pipe.parts, engine="openvino")
+    pipe.generate(**ARGUMENTS)
+    networks, traces = (pipe._encode, pipe._predict, pipe._decode), pipe.traces
+    assert [(network.traces, network.compiled) for network in networks] == [(1, 1)] * 3
+    pipe.generate(**{**ARGUMENTS, "seed": 6, "num_steps": 2, "guidance_scale": 2.0})
+    assert [(network.traces, network.compiled) for network in networks] == [(1, 1)] * 3
+    assert pipe.traces == traces
+    pipe.generate(**ARGUMENTS, height=6)
+    assert [(network.traces, network.compiled) for network in networks] == [(1, 1), (1, 2), (1, 2)]
+    pipe.generate(**ARGUMENTS)
+    assert [(network.traces, network.compiled) for network in networks] == [(1, 1), (1, 2), (1, 2)]
+
+
+def test_no_file_is_left(tiny_pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ld.TextToImage(tiny_pipe.parts, engine="openvino").generate(**{**ARGUMENTS, "num_steps": 1})
+    assert list(tmp_path.iterdir()) == []
