@@ -118,12 +118,13 @@ class StepAfter:
     """A sampler's step that asks a network first and goes on from its prediction.
 
     Args:
-        network: (latent, timestep, context) -> prediction, for B or 2 B examples.
+        network: (latent, the timestep's embedding, context) -> prediction, for B or 2 B examples.
+        embed: timestep (1,) -> embedding (1, E), outside as well: in float32, since bfloat16 turns 951 into 952.
         step: the compiled step, which takes the prediction in place of the context.
     """
 
-    def __init__(self, network: OpenvinoNetwork, step: Compiled):
-        self._network, self._step = network, step
+    def __init__(self, network: OpenvinoNetwork, embed: Callable[[Any], Any], step: Compiled):
+        self._network, self._embed, self._step = network, embed, step
 
     @property
     def traces(self) -> int:
@@ -134,5 +135,6 @@ class StepAfter:
         """The next state; takes what `TextToImage.step_function` says."""
         latent = np.asarray(state[0])  # (B, h, w, c)
         asked = np.concatenate([latent] * (len(context) // len(latent)))  # (B or 2 B, h, w, c)
-        prediction = self._network(asked, np.full(len(asked), timestep, "float32"), context)
+        embedding = np.repeat(self._embed(np.array([timestep], "float32")), len(asked), axis=0)
+        prediction = self._network(asked, embedding, context)
         return self._step(state, prediction, timestep, *others)

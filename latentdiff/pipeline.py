@@ -52,7 +52,7 @@ class TextToImage:
         self.schedule = presets.make_schedule(parts.settings)
         if engine == "openvino":
             self._encode = OpenvinoNetwork(lambda: self.text_encoder, self.dtype)
-            self._predict = OpenvinoNetwork(self._unet_with_list, self.dtype)
+            self._predict = OpenvinoNetwork(self._unet_after_embedding, self.dtype)
             self._decode = OpenvinoNetwork(self._image_network, self.dtype)
         else:
             self._encode = Compiled(self.text_encoder, [self.text_encoder])
@@ -217,7 +217,8 @@ class TextToImage:
                 return step(row, state, x0_hat, eps_hat, fresh)
 
             compiled = Compiled(run, [self.unet])
-            self._steps[guided, clip] = StepAfter(self._predict, compiled) if self._predict else compiled
+            embed = self.unet.get_layer("timestep_embedding")
+            self._steps[guided, clip] = StepAfter(self._predict, embed, compiled) if self._predict else compiled
         return self._steps[guided, clip]
 
     def _table(self, sampler: str | None, num_steps: int, eta: float) -> SamplerTable:
@@ -251,8 +252,9 @@ class TextToImage:
             )
         return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
 
-    def _unet_with_list(self) -> keras.Model:
-        return keras.Model([self.unet.input[name] for name in ("latent", "timestep", "context")], self.unet.output)
+    def _unet_after_embedding(self) -> keras.Model:
+        given, embedding = self.unet.input, self.unet.get_layer("timestep_embedding").output
+        return keras.Model([given["latent"], embedding, given["context"]], self.unet.output)
 
     def _image_network(self) -> keras.Model:
         latent = keras.Input((None, None, self.autoencoder.latent_channels), name="latent")
