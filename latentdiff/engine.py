@@ -74,11 +74,11 @@ def signature_of(network: keras.Model) -> list:
 class OpenvinoNetwork:
     """A network that OpenVINO computes: converted at its first call, compiled for each set of shapes.
 
-    It has the weights of that first call, as a copy, and compiled ones for each of the last two sets of shapes; Keras'
-    stay, for calls of the parts and for saving.
+    The weights are those of that first call. They are held as a float32 copy, which other sizes are compiled from, and
+    again as each of the two latest sets of shapes wants them; Keras' stay, for calls of the parts and for saving.
 
     Args:
-        network: gives a functional model with a list of inputs and one output; called once.
+        network: gives a functional model in float32 with a list of inputs and one output; called once.
         dtype: that it computes in, as far as the processor can: "float32", "bfloat16" or "float16".
 
     Attributes:

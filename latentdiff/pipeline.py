@@ -51,7 +51,7 @@ class TextToImage:
         self.settings = parts.settings
         self.schedule = presets.make_schedule(parts.settings)
         if engine == "openvino":
-            self._encode = OpenvinoNetwork(lambda: self.text_encoder, self.dtype)
+            self._encode = OpenvinoNetwork(lambda: presets.in_float32(self.text_encoder), self.dtype)
             self._predict = OpenvinoNetwork(self._unet_after_embedding, self.dtype)
             self._decode = OpenvinoNetwork(self._image_network, self.dtype)
         else:
@@ -194,8 +194,7 @@ class TextToImage:
 
     def image(self, latent: Any) -> Any:
         """Scaled latents (B, h, w, c) -> images uint8 (B, H, W, 3), as tensors: the arrow's last part, uncompiled."""
-        image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
-        return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
+        return _grey_levels(self.autoencoder.decode(latent))
 
     def step_function(self, guided: bool, clip: float | None) -> Compiled | StepAfter:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
@@ -253,15 +252,21 @@ class TextToImage:
         return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
 
     def _unet_after_embedding(self) -> keras.Model:
-        given, embedding = self.unet.input, self.unet.get_layer("timestep_embedding").output
-        return keras.Model([given["latent"], embedding, given["context"]], self.unet.output)
+        unet = presets.in_float32(self.unet)
+        embedding = unet.get_layer("timestep_embedding").output
+        return keras.Model([unet.input["latent"], embedding, unet.input["context"]], unet.output)
 
     def _image_network(self) -> keras.Model:
         latent = keras.Input((None, None, self.autoencoder.latent_channels), name="latent")
-        return keras.Model(latent, self.image(latent))
+        return keras.Model(latent, _grey_levels(presets.in_float32(self.autoencoder).decode(latent)))
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)
+
+
+def _grey_levels(image):
+    image = ops.cast(image, "float32")  # (B, H, W, 3) in [-1, 1]
+    return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
 
 
 class _Bar:
