@@ -19,6 +19,7 @@ from latentdiff.arguments import number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
+from latentdiff.engine import ENGINES, check_engine
 
 if TYPE_CHECKING:
     from latentdiff.pictures import Settings
@@ -38,6 +39,7 @@ _SHARED = (
     "dtype",
     "ema",
     "prediction",
+    "engine",
 )
 
 _EXAMPLES = """examples:
@@ -120,12 +122,14 @@ def _parser() -> _Parser:
     add("--dtype", choices=DTYPES, help="of the networks; default: chosen by the device")
     add("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a single file; default: no")
     add("--prediction", choices=tuple(PREDICTIONS.values()), help="what the UNet predicts, where no file says it")
+    add("--engine", choices=ENGINES, help="what computes the networks: keras, or openvino, an extra; default: keras")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show each step; default: yes")
     return parser
 
 
 def _generate(options: argparse.Namespace) -> None:
     prompts, settings = _settings(options)
+    check_engine(settings.engine)
     weights = {"ema": settings.ema, "prediction": settings.prediction}
     open_source(resolve_preset(settings.preset), **weights)  # so that what cannot be opened is told at once
     total = len(prompts) * options.num_images
@@ -141,7 +145,7 @@ def _generate(options: argparse.Namespace) -> None:
         _show_warning(
             f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
         )
-    pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype, **weights)
+    pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype, engine=settings.engine, **weights)
     images = pipeline.generate(
         prompts,
         negative_prompt=settings.negative_prompt,

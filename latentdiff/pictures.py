@@ -42,6 +42,7 @@ class Settings:
         dtype: that the networks computed in, such as "float32"; None is chosen by the device.
         ema: whether the averaged weights of a single file were read.
         prediction: that the UNet was told to have, such as "v"; None is what the model's files say.
+        engine: what computed the networks: "keras" or "openvino".
         backend: Keras' backend, such as "tensorflow".
         version: of latentdiff.
 
@@ -61,6 +62,7 @@ class Settings:
     dtype: str | None = None
     ema: bool = False
     prediction: str | None = None
+    engine: str = "keras"
     backend: str | None = None
     version: str = __version__
 
@@ -78,6 +80,7 @@ class Settings:
             "dtype": lambda value: value is None or _is_text(value),
             "ema": lambda value: isinstance(value, bool),
             "prediction": lambda value: value is None or _is_text(value),
+            "engine": _is_text,
             "backend": lambda value: value is None or _is_text(value),
             "version": _is_text,
         }

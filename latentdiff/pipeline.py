@@ -22,6 +22,7 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import MAX_SEED, normal, split_seeds
 from latentdiff.diffusion.samplers import SamplerTable, initial_state, make_table, step
+from latentdiff.engine import OpenvinoNetwork, StepAfter, check_engine
 
 OUTPUTS = ("image", "latent")
 
@@ -31,23 +32,34 @@ class TextToImage:
 
     Args:
         parts: tokenizer, networks, sampler's settings; see `presets.Parts`.
+        engine: what computes the networks in `generate`: "keras", or "openvino", which is faster on a processor.
 
     Attributes:
         tokenizer, text_encoder, unet, autoencoder: the parts, each of which can be called alone.
         settings: schedule, prediction and the directory's own sampler.
         dtype: what the networks compute in, such as "float32".
+
+    Raises:
+        ValueError, ImportError: the engine cannot be had; see `engine.check_engine`.
     """
 
-    def __init__(self, parts: presets.Parts):
-        self.parts = parts
+    def __init__(self, parts: presets.Parts, engine: str = "keras"):
+        check_engine(engine, keras.backend.backend())
+        self.parts, self.engine = parts, engine
         self.tokenizer, self.text_encoder = parts.tokenizer, parts.text_encoder
         self.unet, self.autoencoder = parts.unet, parts.autoencoder
         self.settings = parts.settings
         self.schedule = presets.make_schedule(parts.settings)
-        self._encode = Compiled(self.text_encoder, [self.text_encoder])
-        self._decode = Compiled(self.image, [self.autoencoder])
+        if engine == "openvino":
+            self._encode = OpenvinoNetwork(lambda: presets.in_float32(self.text_encoder), self.dtype)
+            self._predict = OpenvinoNetwork(self._unet_after_embedding, self.dtype)
+            self._decode = OpenvinoNetwork(self._image_network, self.dtype)
+        else:
+            self._encode = Compiled(self.text_encoder, [self.text_encoder])
+            self._predict = None
+            self._decode = Compiled(self.image, [self.autoencoder])
         self._normal = Compiled(self._noise, [])
-        self._steps: dict[tuple[bool, float | None], Compiled] = {}
+        self._steps: dict[tuple[bool, float | None], Compiled | StepAfter] = {}
 
     @classmethod
     def from_preset(
@@ -58,6 +70,7 @@ class TextToImage:
         variant: str | None = None,
         ema: bool = False,
         prediction: str | None = None,
+        engine: str = "keras",
     ) -> TextToImage:
         """The pipeline of a model directory, or of a single file.
 
@@ -69,12 +82,17 @@ class TextToImage:
             ema: whether the averaged weights of the UNet are read, where a single file holds both kinds.
             prediction: "eps", "v" or "x0", what the UNet predicts, where the files do not say it: a single file of
                 Stable Diffusion 2.x does not.
+            engine: what computes the networks in `generate`: "keras", or "openvino", which is faster on a processor.
+                Seeds give the same pictures, in float32 within one grey level.
 
         Raises:
-            ValueError: the name is unknown, or the files are malformed or ask for what cannot be done here.
+            ValueError: the name is unknown, or the files are malformed or ask for what cannot be done here; the engine
+                is unknown, or not for this backend.
             FileNotFoundError: a file is missing.
+            ImportError: the engine is not installed.
         """
-        return cls(presets.load_pipeline(preset, dtype, variant=variant, ema=ema, prediction=prediction))
+        check_engine(engine, keras.backend.backend())
+        return cls(presets.load_pipeline(preset, dtype, variant=variant, ema=ema, prediction=prediction), engine)
 
     def save_to_preset(
         self,
@@ -95,7 +113,8 @@ class TextToImage:
     @property
     def traces(self) -> int:
         """How often a function of this pipeline was traced so far; a second call like the first adds none."""
-        return sum(c.traces for c in (self._encode, self._decode, self._normal, *self._steps.values()))
+        functions = (self._encode, self._predict, self._decode, self._normal, *self._steps.values())
+        return sum(function.traces for function in functions if function is not None)
 
     def generate(
         self,
@@ -175,10 +194,9 @@ class TextToImage:
 
     def image(self, latent: Any) -> Any:
         """Scaled latents (B, h, w, c) -> images uint8 (B, H, W, 3), as tensors: the arrow's last part, uncompiled."""
-        image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
-        return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
+        return _grey_levels(self.autoencoder.decode(latent))
 
-    def step_function(self, guided: bool, clip: float | None) -> Compiled:
+    def step_function(self, guided: bool, clip: float | None) -> Compiled | StepAfter:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
 
         It takes state (4, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (4, 7),
@@ -188,6 +206,8 @@ class TextToImage:
 
             def run(state, context, timestep, signal, noise, row, fresh, scale, rescale):
                 def network(x_t, t):
+                    if self._predict:
+                        return context  # the prediction already, of a `StepAfter`
                     return self.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
 
                 denoiser = Denoiser(network, self.settings.prediction, clip=clip)
@@ -195,7 +215,9 @@ class TextToImage:
                 x0_hat, eps_hat = guide(state[0], timestep, signal, noise)
                 return step(row, state, x0_hat, eps_hat, fresh)
 
-            self._steps[guided, clip] = Compiled(run, [self.unet])
+            compiled = Compiled(run, [self.unet])
+            embed = self.unet.get_layer("timestep_embedding")
+            self._steps[guided, clip] = StepAfter(self._predict, embed, compiled) if self._predict else compiled
         return self._steps[guided, clip]
 
     def _table(self, sampler: str | None, num_steps: int, eta: float) -> SamplerTable:
@@ -229,8 +251,22 @@ class TextToImage:
             )
         return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
 
+    def _unet_after_embedding(self) -> keras.Model:
+        unet = presets.in_float32(self.unet)
+        embedding = unet.get_layer("timestep_embedding").output
+        return keras.Model([unet.input["latent"], embedding, unet.input["context"]], unet.output)
+
+    def _image_network(self) -> keras.Model:
+        latent = keras.Input((None, None, self.autoencoder.latent_channels), name="latent")
+        return keras.Model(latent, _grey_levels(presets.in_float32(self.autoencoder).decode(latent)))
+
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)
+
+
+def _grey_levels(image):
+    image = ops.cast(image, "float32")  # (B, H, W, 3) in [-1, 1]
+    return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
 
 
 class _Bar:

@@ -300,3 +300,15 @@ def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> ke
     for path, variable in variables.items():
         assign(variable, component.weights[path])
     return network
+
+
+def in_float32(network: Any) -> Any:
+    """A network of this package that computes in float32: itself, or a copy."""
+    config = network.get_config()
+    if config["dtype"] == "float32":
+        return network
+    with blank_weights():
+        copy = type(network)(**{**config, "dtype": "float32"})
+    for variable, other in zip(copy.variables, network.variables, strict=True):
+        assign(variable, to_numpy(other).astype("float32"))
+    return copy

@@ -28,11 +28,13 @@ class Pipeline:
         self.calls = []
         self.presets = []
         self.weights = []
+        self.engines = []
         self.error = None
 
-    def from_preset(self, preset, dtype=None, *, ema=False, prediction=None):
+    def from_preset(self, preset, dtype=None, *, ema=False, prediction=None, engine="keras"):
         self.presets.append((preset, dtype))
         self.weights.append((ema, prediction))
+        self.engines.append(engine)
         return self
 
     def generate(self, prompt, **arguments):
@@ -194,6 +196,23 @@ def test_weights_and_prediction_are_chosen_and_remembered(pipeline, averaged_fil
     assert pipeline.weights == [(True, "eps"), (True, "eps"), (False, "v")]
 
 
+def test_engine_is_chosen_and_remembered(pipeline, monkeypatch):
+    monkeypatch.setattr(cli, "check_engine", lambda engine: None)
+    cli.main(["generate", "a red heart", "--engine", "openvino"])
+    assert read_settings("out.png").engine == "openvino"
+    cli.main(["generate", "--from", "out.png", "--output", "again.png"])
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+    cli.main(["generate", "--from", "out.png", "--engine", "keras"])
+    assert pipeline.engines == ["openvino", "openvino", "keras"]
+
+
+def test_an_engine_that_is_not_installed_is_told_before_keras_starts(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "start_keras", lambda: pytest.fail("Keras was started"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = refusal(capsys, "generate", "heart", "--engine", "openvino")
+    assert said == 'latentdiff: error: engine="openvino" needs openvino: pip install "latentdiff[openvino]".\n'
+
+
 def test_averaged_weights_that_are_not_there_are_told_before_keras_starts(capsys, monkeypatch, averaged_file):
     monkeypatch.setattr(cli, "start_keras", lambda: pytest.fail("Keras was started"))
     plain = save("plain.safetensors", {"first_stage_model.x": np.zeros(1, "float32")})
@@ -244,11 +263,13 @@ def test_another_backend_than_the_pictures_is_said(pipeline, capsys, monkeypatch
         ("generate heart --sampler dpmpp_3m", "'dpmpp_2m'"),
         ("generate heart --dtype int8", "invalid choice: 'int8'"),
         ("generate heart --prediction epsilon", "argument --prediction: invalid choice: 'epsilon'"),
+        ("generate heart --engine tensorrt", "argument --engine: invalid choice: 'tensorrt'"),
         ("generate heart --num 2", "unrecognized arguments: --num"),
         ("generate --from missing.png", "No such file or directory: 'missing.png'"),
         ("generate --from model.ckpt", "must be a PNG file"),
         ("generate --from plain.png", "which has none"),
         ("generate --from strange.png", "a sampler unknown here: 'magic'"),
+        ("generate --from driven.png", "`engine` must be one of keras, openvino. Received: engine='tensorrt'"),
         ("generate --from told.png", "`prediction` must be one of eps, v, x0. Received: prediction='noise'"),
     ],
 )
@@ -260,6 +281,7 @@ def test_bad_arguments_are_refused_in_one_line_before_keras_starts(capsys, monke
     white = np.full((4, 4, 3), 255, np.uint8)
     write_png("plain.png", white)
     write_png("strange.png", white, Settings(prompt="heart", preset="emoji", seed=0, sampler="magic"))
+    write_png("driven.png", white, Settings(prompt="heart", preset="emoji", seed=0, engine="tensorrt"))
     write_png("told.png", white, Settings(prompt="heart", preset="emoji", seed=0, prediction="noise"))
     before = sorted(here.iterdir())
     assert said in refusal(capsys, *arguments.split())

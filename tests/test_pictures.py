@@ -109,6 +109,7 @@ def test_only_uint8_rgb_is_written(tmp_path, image):
         {"ema": 1},
         {"ema": None},
         {"prediction": False},
+        {"engine": None},
         {"backend": False},
         {"version": None},
     ],

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from latentdiff.checkpoints.files import replaced_directory
+from latentdiff.engine import signature_of, to_openvino
 from latentdiff.pipeline import TextToImage
 
 FORMATS = {"onnx": (".onnx", ("tf2onnx", "onnx")), "openvino": (".xml", ("openvino",))}
@@ -70,16 +71,12 @@ def export_networks(
                 rule = f"An ONNX file holds at most {ONNX_BYTES:,} bytes"
                 raise ValueError(f"{rule}. Received: {name} with {network.count_params():,} parameters.")
         _teach_erfc()
+    write = _write_onnx if format == "onnx" else _write_openvino
     with replaced_directory(directory) as fresh, warnings.catch_warnings():
         # Keras asks NumPy for a name that it has no longer, before it gives it to tf2onnx.
         warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)
         for name, network in networks.items():
-            specs = [keras.InputSpec(dtype=i.dtype, shape=i.shape, name=i.name) for i in network.inputs]
-            signature = [specs] if len(specs) > 1 else specs
-            path = str(fresh / f"{name}{suffix}")
-            network.export(path, format=format, input_signature=signature, verbose=False)
-            if format == "openvino":
-                _keep_first_output(path)
+            write(network, str(fresh / f"{name}{suffix}"))
 
 
 def check_format(format: str) -> str:
@@ -100,16 +97,14 @@ def check_format(format: str) -> str:
     return suffix
 
 
-def _keep_first_output(path: str) -> None:
-    """Leaves the network's own output alone: OpenVINO makes one of every end that TensorFlow's graph leaves loose."""
+def _write_onnx(network: keras.Model, path: str) -> None:
+    network.export(path, format="onnx", input_signature=signature_of(network), verbose=False)
+
+
+def _write_openvino(network: keras.Model, path: str) -> None:
     import openvino  # pyright: ignore[reportMissingImports]
 
-    core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the file is written over
-    model = core.read_model(path)
-    for result in model.get_results()[1:]:
-        model.remove_result(result)
-    openvino.serialize(model, path)
+    openvino.serialize(to_openvino(network), path)
 
 
 def _teach_erfc() -> None:

@@ -11,7 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 if any(find_spec(name) is None for name in ("torch", "diffusers", "transformers")):
     collect_ignore_glob = ["test_*.py"]
 else:
-    needs = {"test_kerascv.py": ("keras_cv",), "test_formats.py": ("tf2onnx", "onnxruntime", "openvino")}
+    needs = {
+        "test_kerascv.py": ("keras_cv",),
+        "test_formats.py": ("tf2onnx", "onnxruntime", "openvino"),
+        "test_openvino_engine.py": ("openvino",),
+    }
     collect_ignore = [test for test, names in needs.items() if any(find_spec(name) is None for name in names)]
 
 

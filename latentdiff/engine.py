@@ -1,0 +1,140 @@
+"""What computes the networks of a pipeline: Keras, or OpenVINO on the processor; imports neither before it is used.
+
+OpenVINO's text encoder, UNet and decoder stand where Keras' compiled ones stand, the UNet not within the sampler's step
+but before it, handing it the prediction. All else is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+    from latentdiff.backend import Compiled
+
+ENGINES = ("keras", "openvino")
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+KEPT = 2  # sets of shapes for which a network stays compiled: guided and unguided
+
+
+def check_engine(engine: str, backend: str | None = None) -> None:
+    """Tells what an engine needs that is not there.
+
+    Args:
+        engine: one of `ENGINES`.
+        backend: Keras' backend; None where it is not known yet.
+
+    Raises:
+        ValueError: another engine, or OpenVINO where Keras' backend is not TensorFlow, from which it takes networks.
+        ImportError: OpenVINO is not installed.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}. Received: engine={engine!r}.")
+    if engine == "keras":
+        return
+    if importlib.util.find_spec("openvino") is None:
+        raise ImportError('engine="openvino" needs openvino: pip install "latentdiff[openvino]".')
+    if backend not in (None, "tensorflow"):
+        raise ValueError(f'engine="openvino" needs KERAS_BACKEND=tensorflow. Received: {backend}.')
+
+
+def to_openvino(network: keras.Model) -> Any:
+    """A network as an `openvino.Model` with its inputs' names and order, one output, and a copy of its weights.
+
+    Args:
+        network: a functional model with a list of inputs; sizes that are None stay open.
+    """
+    import keras
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    function = keras.export.ExportArchive().track_and_add_endpoint("serve", network, signature_of(network))
+    # Shared weights would be Keras' own memory, which nothing keeps there once a variable is assigned.
+    model = openvino.convert_model(function.get_concrete_function(), share_weights=False)
+    for result in model.get_results()[1:]:  # of each end that TensorFlow's graph leaves loose
+        model.remove_result(result)
+    for given, named in zip(model.inputs, network.inputs, strict=True):
+        given.get_node().set_friendly_name(named.name)
+        given.tensor.set_names({named.name})
+    return model
+
+
+def signature_of(network: keras.Model) -> list:
+    """The inputs of a functional model, which has a list of them, as Keras' export is told them."""
+    import keras
+
+    specs = [keras.InputSpec(dtype=i.dtype, shape=i.shape, name=i.name) for i in network.inputs]
+    return [specs] if len(specs) > 1 else specs
+
+
+class OpenvinoNetwork:
+    """A network that OpenVINO computes: converted at its first call, compiled for each set of shapes.
+
+    The weights are those of that first call. They are held as a float32 copy, which other sizes are compiled from, and
+    again as each of the two latest sets of shapes wants them; Keras' stay, for calls of the parts and for saving.
+
+    Args:
+        network: gives a functional model in float32 with a list of inputs and one output; called once.
+        dtype: that it computes in, as far as the processor can: "float32", "bfloat16" or "float16".
+
+    Attributes:
+        traces: how often the network was converted.
+        compiled: how often it was compiled.
+    """
+
+    def __init__(self, network: Callable[[], keras.Model], dtype: str):
+        self.traces, self.compiled = 0, 0
+        self._network, self._precision = network, PRECISIONS[dtype]
+        self._model = None
+        self._kept: dict[tuple, Any] = {}
+
+    def __call__(self, *arrays: Any) -> np.ndarray:
+        """The network's output for its inputs, in their order."""
+        inputs = [np.asarray(array) for array in arrays]
+        shapes = tuple(array.shape for array in inputs)
+        compiled = self._kept.pop(shapes, None) or self._compile(shapes)
+        self._kept[shapes] = compiled  # the latest last
+        (output,) = compiled(inputs).values()
+        return output
+
+    def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        import openvino  # pyright: ignore[reportMissingImports]
+
+        if self._model is None:
+            self._model = to_openvino(self._network())
+            self.traces += 1
+        if len(self._kept) == KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._model.reshape({given: list(shape) for given, shape in zip(self._model.inputs, shapes, strict=True)})
+        self.compiled += 1
+        return openvino.Core().compile_model(self._model, "CPU", {"INFERENCE_PRECISION_HINT": self._precision})
+
+
+class StepAfter:
+    """A sampler's step that asks a network first and goes on from its prediction.
+
+    Args:
+        network: (latent, the timestep's embedding, context) -> prediction, for B or 2 B examples.
+        embed: timestep (1,) -> embedding (1, E), outside as well: in float32, since bfloat16 turns 951 into 952.
+        step: the compiled step, which takes the prediction in place of the context.
+    """
+
+    def __init__(self, network: OpenvinoNetwork, embed: Callable[[Any], Any], step: Compiled):
+        self._network, self._embed, self._step = network, embed, step
+
+    @property
+    def traces(self) -> int:
+        """How often the step was traced."""
+        return self._step.traces
+
+    def __call__(self, state: Any, context: Any, timestep: Any, *others: Any) -> Any:
+        """The next state; takes what `TextToImage.step_function` says."""
+        latent = np.asarray(state[0])  # (B, h, w, c)
+        asked = np.concatenate([latent] * (len(context) // len(latent)))  # (B or 2 B, h, w, c)
+        embedding = np.repeat(self._embed(np.array([timestep], "float32")), len(asked), axis=0)
+        prediction = self._network(asked, embedding, context)
+        return self._step(state, prediction, timestep, *others)
