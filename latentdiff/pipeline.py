@@ -5,10 +5,9 @@ Rombach et al. 2022, sec. 3, arXiv:2112.10752.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,8 @@ from latentdiff.backend import Compiled, to_numpy
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import MAX_SEED, normal, split_seeds
-from latentdiff.diffusion.samplers import SamplerTable, initial_state, make_table, step
+from latentdiff.diffusion.samplers import SamplerTable, make_table, step
+from latentdiff.sampling_run import ProgressBar, SamplingRun
 
 OUTPUTS = ("image", "latent")
 
@@ -47,7 +47,7 @@ class TextToImage:
         self._encode = Compiled(self.text_encoder, [self.text_encoder])
         self._decode = Compiled(self.image, [self.autoencoder])
         self._normal = Compiled(self._noise, [])
-        self._steps: dict[tuple[bool, float | None], Compiled] = {}
+        self._steps: dict[tuple[bool, float | None, str | None], Compiled] = {}
 
     @classmethod
     def from_preset(
@@ -111,6 +111,7 @@ class TextToImage:
         width: int | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        cache_interval: int = 1,
         eta: float = 0.0,
         noise: Any = None,
         batch_size: int | None = None,
@@ -130,7 +131,10 @@ class TextToImage:
             sampler: a name of `SAMPLERS`; None is the directory's own. Another keeps its schedule and spacing.
             height, width: of the images, in pixels, multiples of the autoencoder's factor; None is the model's own.
             guidance_rescale: 0 .. 1, see `guidance.guide`.
-            guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone.
+            guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone,
+                at half the cost.
+            cache_interval: one in so many of the sampler's rows computes the whole UNet, and its deep features serve
+                those that follow, which compute the rest. 1 is the full model; more is faster, and another picture.
             eta: DDIM's share of DDPM's noise, 0 .. 1.
             noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise
                 of each of the sampler's R rows after it.
@@ -153,21 +157,21 @@ class TextToImage:
         table = self._table(sampler, num_steps, eta)
         seeds = _seeds(seed, total)
         noise = _handed_in(noise, total, shape, table)
-        _check_choices(guidance_scale, guidance_rescale, guidance_interval, batch_size, output)
+        _check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, output)
         tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
         negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 
         clip = self.settings.with_sampler(table.sampler).clip
         size = min(batch_size or total, total)
         starts = range(0, total, size)
-        bar = _Bar(table.num_rows * len(starts)) if progress else None
+        bar = ProgressBar(table.num_rows * len(starts)) if progress else None
         made = []
         for start in starts:
             part = slice(start, start + size)
-            run = _Run(self, table, clip, seeds[part], None if noise is None else noise[:, part], shape)
+            run = SamplingRun(self, table, clip, seeds[part], None if noise is None else noise[:, part], shape)
             run.guide(guidance_scale, guidance_rescale, guidance_interval)
             run.encode(tokens[part], negative_tokens[part])
-            latent, going = run.loop(bar, callback)
+            latent, going = run.loop(bar, callback, cache_interval)
             made.append(self._finished(latent, output))
             if not going:
                 break
@@ -178,25 +182,40 @@ class TextToImage:
         image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
         return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
 
-    def step_function(self, guided: bool, clip: float | None) -> Compiled:
+    def step_function(self, guided: bool, clip: float | None, part: str | None = None) -> Compiled:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
 
         It takes state (4, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (4, 7),
-        fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state.
+        fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state. With `part`
+        "whole" it also gives the UNet's deep features (B or 2 B, h, w, C), with "shallow" it takes them last.
         """
-        if (guided, clip) not in self._steps:
+        if (guided, clip, part) not in self._steps:
+            whole, shallow = self._split if part else (self.unet, self.unet)
 
-            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale):
+            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale, *deep):
                 def network(x_t, t):
-                    return self.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
+                    inputs = {"latent": x_t, "timestep": t, "context": context}
+                    if part == "shallow":
+                        return shallow([*inputs.values(), *deep], training=False)
+                    output = whole(inputs, training=False)
+                    if part is None:
+                        return output
+                    found.append(output["deep"])
+                    return output["prediction"]
 
+                found = []
                 denoiser = Denoiser(network, self.settings.prediction, clip=clip)
                 guide = Guided(denoiser, scale, rescale=rescale) if guided else denoiser
                 x0_hat, eps_hat = guide(state[0], timestep, signal, noise)
-                return step(row, state, x0_hat, eps_hat, fresh)
+                after = step(row, state, x0_hat, eps_hat, fresh)
+                return (after, *found) if found else after
 
-            self._steps[guided, clip] = Compiled(run, [self.unet])
-        return self._steps[guided, clip]
+            self._steps[guided, clip, part] = Compiled(run, [self.unet])
+        return self._steps[guided, clip, part]
+
+    @functools.cached_property
+    def _split(self) -> tuple[keras.Model, keras.Model]:
+        return self.unet.split()
 
     def _table(self, sampler: str | None, num_steps: int, eta: float) -> SamplerTable:
         settings = self.settings
@@ -231,76 +250,6 @@ class TextToImage:
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)
-
-
-class _Bar:
-    """Keras' progress bar, on standard error: standard output is the program's own."""
-
-    def __init__(self, steps: int):
-        with contextlib.redirect_stdout(sys.stderr):
-            self.bar = keras.utils.Progbar(steps, unit_name="step")
-
-    def add(self) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self.bar.add(1)
-
-
-class _Run:
-    """One batch on its way through the sampler."""
-
-    def __init__(self, pipeline: TextToImage, table: SamplerTable, clip, seeds: list[int], noise, shape):
-        self.pipeline, self.table, self.clip, self.shape = pipeline, table, clip, shape
-        self.seeds, self.noise = split_seeds(seeds), noise
-        self.like = np.zeros(shape, "float32")
-        self.no_noise = ops.zeros((len(seeds), *shape), "float32")
-
-    def guide(self, scale: float, rescale: float, interval: tuple[float, float] | None) -> None:
-        """Settles how each row is guided."""
-        self.scale, self.rescale = np.float32(scale), np.float32(rescale)
-        low, high = (0.0, np.inf) if interval is None else interval
-        signal, noise = self.table.signal, self.table.noise
-        with np.errstate(divide="ignore"):
-            ratio = noise / signal
-        self.guided = (scale != 1) & (low <= ratio) & (ratio <= high)  # (R,)
-
-    def encode(self, tokens: np.ndarray, negative_tokens: np.ndarray) -> None:
-        """Makes the contexts, (B, S, D) with the prompt and (2 B, S, D) without and with it; equal tokens once."""
-        self.context = self._context(tokens)
-        self.both = self.context
-        if self.guided[: self.table.num_rows].any():
-            self.both = ops.concatenate([self._context(negative_tokens), self.context], axis=0)
-
-    def _context(self, tokens: np.ndarray):
-        # One prompt at a time: its context does not depend on those beside it, and no number of them is traced anew.
-        rows, places = np.unique(tokens, axis=0, return_inverse=True)
-        contexts = ops.concatenate([self.pipeline._encode(row[None]) for row in rows], axis=0)
-        return ops.take(contexts, places.reshape(-1), axis=0)
-
-    def loop(self, bar, callback) -> tuple[Any, bool]:
-        """The latent after the last row, and whether the run was not stopped."""
-        table = self.table
-        state = initial_state(self.fresh(0) * table.initial_scale)
-        for i in range(table.num_rows):
-            fresh = self.fresh(i + 1) if table.needs_noise else self.no_noise
-            guided = bool(self.guided[i])
-            numbers = (np.float32(a[i]) for a in (table.timestep, table.signal, table.noise))
-            state = self.pipeline.step_function(guided, self.clip)(
-                state, self.both if guided else self.context, *numbers, table.matrix[i].astype("float32"), fresh,
-                self.scale, self.rescale,
-            )  # fmt: skip
-            if bar is not None:
-                bar.add()
-            if callback is not None:
-                wish = callback(i + 1, to_numpy(state[0], "float32"))
-                if wish is not None and not wish:
-                    return state[0], False
-        return state[0], True
-
-    def fresh(self, k: int):
-        """The noise of row k - 1, or for k = 0 the initial noise: (B, h, w, c)."""
-        if self.noise is not None and k < len(self.noise):
-            return ops.convert_to_tensor(self.noise[k])
-        return self.pipeline._normal(self.seeds, np.int32(k), self.like)
 
 
 def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]:
@@ -357,13 +306,15 @@ def _handed_in(noise, total: int, shape: tuple[int, ...], table: SamplerTable) -
     return noise.reshape(-1, *initial)
 
 
-def _check_choices(scale, rescale, interval, batch_size, output) -> None:
+def _check_choices(scale, rescale, interval, cache_interval, batch_size, output) -> None:
     if not _is_number(scale) or not np.isfinite(scale):
         raise ValueError(f"`guidance_scale` must be a finite number. Received: guidance_scale={scale!r}.")
     if not _is_number(rescale) or not 0 <= rescale <= 1:
         raise ValueError(f"`guidance_rescale` must lie in 0 .. 1. Received: guidance_rescale={rescale!r}.")
     if interval is not None and not _is_interval(interval):
         raise ValueError(f"`guidance_interval` must be (low, high), 0 <= low <= high. Received: {interval!r}.")
+    if not _is_whole(cache_interval) or cache_interval < 1:
+        raise ValueError(f"`cache_interval` must be a whole number, at least 1. Received: {cache_interval!r}.")
     if batch_size is not None and (not _is_whole(batch_size) or batch_size < 1):
         raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
     if output not in OUTPUTS:
