@@ -5,7 +5,8 @@ usage: python -m benchmarks.fewer_evaluations --output benchmarks/results/fewer_
 Two ways to compute less: deep features that serve several steps (`cache_interval`; Ma et al. 2023, arXiv:2312.00858),
 and guidance at some levels of noise alone (`guidance_interval`; Kynkaanniemi et al. 2024, arXiv:2404.07724). All runs
 are in this process, on the same seeds, and each repetition goes through all of them, every other one backwards. A time
-is a ratio to the full run of the same repetition, from the prompt to the decoded picture. Needs matplotlib.
+is a ratio to the full run of the same repetition, from the prompt to the decoded picture. It draws with matplotlib,
+which `pip install "latentdiff[evaluate]"` brings.
 """
 
 from __future__ import annotations

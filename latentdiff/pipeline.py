@@ -47,7 +47,8 @@ class TextToImage:
         self._encode = Compiled(self.text_encoder, [self.text_encoder])
         self._decode = Compiled(self.image, [self.autoencoder])
         self._normal = Compiled(self._noise, [])
-        self._steps: dict[tuple[bool, float | None, str | None], Compiled] = {}
+        self._features = Compiled(self._deep_features, [self.unet])
+        self._steps: dict[tuple[bool, float | None, bool], Compiled] = {}
 
     @classmethod
     def from_preset(
@@ -95,7 +96,7 @@ class TextToImage:
     @property
     def traces(self) -> int:
         """How often a function of this pipeline was traced so far; a second call like the first adds none."""
-        return sum(c.traces for c in (self._encode, self._decode, self._normal, *self._steps.values()))
+        return sum(c.traces for c in (self._encode, self._decode, self._normal, self._features, *self._steps.values()))
 
     def generate(
         self,
@@ -182,40 +183,39 @@ class TextToImage:
         image = ops.cast(self.autoencoder.decode(latent), "float32")  # (B, H, W, 3) in [-1, 1]
         return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
 
-    def step_function(self, guided: bool, clip: float | None, part: str | None = None) -> Compiled:
+    def step_function(self, guided: bool, clip: float | None, shallow: bool = False) -> Compiled:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
 
         It takes state (4, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (4, 7),
-        fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state. With `part`
-        "whole" it also gives the UNet's deep features (B or 2 B, h, w, C), with "shallow" it takes them last.
+        fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state. If `shallow`, it takes
+        the UNet's deep features last, (B or 2 B, h, w, C), and computes the rest.
         """
-        if (guided, clip, part) not in self._steps:
-            whole, shallow = self._split if part else (self.unet, self.unet)
+        if (guided, clip, shallow) not in self._steps:
+            shallow_network = self._split[1] if shallow else None
 
-            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale, *deep):
+            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale, *features):
                 def network(x_t, t):
-                    inputs = {"latent": x_t, "timestep": t, "context": context}
-                    if part == "shallow":
-                        return shallow([*inputs.values(), *deep], training=False)
-                    output = whole(inputs, training=False)
-                    if part is None:
-                        return output
-                    found.append(output["deep"])
-                    return output["prediction"]
+                    if shallow_network:
+                        return shallow_network([x_t, t, context, *features], training=False)
+                    return self.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
 
-                found = []
                 denoiser = Denoiser(network, self.settings.prediction, clip=clip)
                 guide = Guided(denoiser, scale, rescale=rescale) if guided else denoiser
                 x0_hat, eps_hat = guide(state[0], timestep, signal, noise)
-                after = step(row, state, x0_hat, eps_hat, fresh)
-                return (after, *found) if found else after
+                return step(row, state, x0_hat, eps_hat, fresh)
 
-            self._steps[guided, clip, part] = Compiled(run, [self.unet])
-        return self._steps[guided, clip, part]
+            self._steps[guided, clip, shallow] = Compiled(run, [self.unet])
+        return self._steps[guided, clip, shallow]
 
     @functools.cached_property
     def _split(self) -> tuple[keras.Model, keras.Model]:
         return self.unet.split()
+
+    def _deep_features(self, state, context, timestep):
+        """(B or 2 B, h, w, C), as many as there are contexts."""
+        count = context.shape[0]
+        latent = ops.concatenate([state[0]] * (count // state.shape[1]), axis=0)
+        return self._split[0]([latent, ops.broadcast_to(timestep, (count,)), context], training=False)
 
     def _table(self, sampler: str | None, num_steps: int, eta: float) -> SamplerTable:
         settings = self.settings

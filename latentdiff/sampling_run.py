@@ -96,21 +96,19 @@ class SamplingRun:
         """The latent after the last row, and whether the run was not stopped."""
         table = self.table
         state = initial_state(self.fresh(0) * table.initial_scale)
-        whole, deep = whole_rows(self.guided[: table.num_rows], cache_interval), None
+        whole = whole_rows(self.guided[: table.num_rows], cache_interval)
+        features = ()
         for i in range(table.num_rows):
             fresh = self.fresh(i + 1) if table.needs_noise else self.no_noise
             guided = bool(self.guided[i])
-            numbers = (np.float32(a[i]) for a in (table.timestep, table.signal, table.noise))
-            arguments = (
-                state, self.both if guided else self.context, *numbers, table.matrix[i].astype("float32"), fresh,
-                self.scale, self.rescale,
+            context = self.both if guided else self.context
+            timestep, signal, noise = (np.float32(a[i]) for a in (table.timestep, table.signal, table.noise))
+            if cache_interval > 1 and whole[i]:
+                features = (self.pipeline._features(state, context, timestep),)
+            state = self.pipeline.step_function(guided, self.clip, cache_interval > 1)(
+                state, context, timestep, signal, noise, table.matrix[i].astype("float32"), fresh,
+                self.scale, self.rescale, *features,
             )  # fmt: skip
-            if cache_interval == 1:
-                state = self.pipeline.step_function(guided, self.clip)(*arguments)
-            elif whole[i]:
-                state, deep = self.pipeline.step_function(guided, self.clip, "whole")(*arguments)
-            else:
-                state = self.pipeline.step_function(guided, self.clip, "shallow")(*arguments, deep)
             if bar is not None:
                 bar.add()
             if callback is not None:

@@ -33,7 +33,7 @@ def parts(unet):
 
 def inputs():
     """Of two latents whose sides are no multiples of the levels' factor."""
-    arrays = {"latent": numbers(2, 5, 7, 4), "timestep": np.full(2, 700.0, "float32"), "context": numbers(2, 3, 8)}
+    arrays = {"latent": numbers(2, 9, 14, 4), "timestep": np.full(2, 700.0, "float32"), "context": numbers(2, 3, 8)}
     return {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
 
 
@@ -44,24 +44,19 @@ def of_arrays(model):
 
 
 def test_shallow_network_with_the_deep_features_of_the_same_evaluation_is_the_whole(unet, parts):
-    whole, shallow = parts
+    deep, shallow = map(of_arrays, parts)
     given = inputs()
     expected = to_numpy(run(unet, given))
-    found = run(whole, given)
-    assert relative_error(found["prediction"], expected) < 1e-6
-    again = run(of_arrays(shallow), *given.values(), found["deep"], model=unet)
-    assert relative_error(again, expected) < 1e-6
+    features = run(deep, *given.values(), model=unet)
+    assert relative_error(run(shallow, *given.values(), features, model=unet), expected) < 1e-6
     # Nor is it the whole whatever the features say.
-    other = run(of_arrays(shallow), *given.values(), 2 * found["deep"], model=unet)
-    assert relative_error(other, expected) > 1e-3
+    assert relative_error(run(shallow, *given.values(), 2 * features, model=unet), expected) > 1e-3
 
 
 def test_both_parts_hold_the_networks_own_weights(unet, parts):
-    before = {id(variable) for variable in unet.variables}
-    whole, shallow = parts
-    assert {id(variable) for variable in whole.variables} == before
-    assert {id(variable) for variable in shallow.variables} < before
-    assert {id(variable) for variable in unet.variables} == before
+    own, deep, shallow = ({id(variable) for variable in model.variables} for model in (unet, *parts))
+    assert deep | shallow == own
+    assert deep < own and shallow < own
 
 
 def test_shallow_network_leaves_out_the_way_down_and_the_middle(parts):
@@ -103,60 +98,63 @@ def latent(tiny_pipe):
 
 
 @pytest.fixture
-def evaluations(tiny_pipe, monkeypatch):
-    """A letter for each row that was computed since: w whole, s shallow, f full, as without reuse."""
-    rows, step_function = [], tiny_pipe.step_function
+def rows(tiny_pipe, monkeypatch):
+    """What was computed since: d the deep features, s a step that takes them, f a full one."""
+    computed, step_function, features = [], tiny_pipe.step_function, tiny_pipe._features
 
-    def recorded(guided, clip, part=None):
-        rows.append((part or "full")[0])
-        return step_function(guided, clip, part)
+    def recorded_step(guided, clip, shallow=False):
+        computed.append("s" if shallow else "f")
+        return step_function(guided, clip, shallow)
 
-    monkeypatch.setattr(tiny_pipe, "step_function", recorded)
-    return rows
+    def recorded_features(*arrays):
+        computed.append("d")
+        return features(*arrays)
+
+    monkeypatch.setattr(tiny_pipe, "step_function", recorded_step)
+    monkeypatch.setattr(tiny_pipe, "_features", recorded_features)
+    monkeypatch.setattr(recorded_features, "traces", 0, raising=False)
+    return computed
 
 
-def test_interval_one_is_the_full_model(latent, evaluations):
+def test_interval_one_is_the_full_model(latent, rows):
     full = latent()
     np.testing.assert_array_equal(latent(cache_interval=1), full)
-    assert set(evaluations) == {"f"}
+    assert rows == ["f"] * 8
     assert relative_error(latent(cache_interval=2), full) > 1e-4
 
 
-@pytest.mark.parametrize(("sampler", "rows"), [("ddim", 4), ("heun", 7), ("pndm", 5)])
+@pytest.mark.parametrize(("sampler", "count"), [("ddim", 4), ("heun", 7), ("pndm", 5)])
 @pytest.mark.parametrize("interval", [2, 3])
-def test_one_row_of_so_many_computes_the_whole(latent, evaluations, sampler, rows, interval):
+def test_one_row_of_so_many_computes_the_whole(latent, rows, sampler, count, interval):
     latent(sampler=sampler, cache_interval=interval)
-    assert len(evaluations) == rows
-    assert evaluations.count("w") == math.ceil(rows / interval)
-    assert evaluations.count("s") == rows - math.ceil(rows / interval)
+    assert rows.count("s") == count
+    assert rows.count("d") == math.ceil(count / interval)
+    assert "".join(rows).startswith("d" + "s" * interval + "d")
 
 
-def test_a_run_of_whole_rows_is_the_full_model(latent, evaluations):
+def test_a_run_of_whole_rows_is_the_full_model(latent, rows):
     """Of the levels of 3 steps the middle one alone lies within the interval, so that every row changes the batch."""
     found = latent(num_steps=3, guidance_interval=(0.1, 2), cache_interval=3)
-    assert evaluations == ["w", "w", "w"]
+    assert rows == ["d", "s"] * 3
     assert relative_error(found, latent(num_steps=3, guidance_interval=(0.1, 2))) < 1e-6
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_two_rows_are_those_of_a_computation_by_hand(tiny_pipe, latent, scale):
     table = make_table("ddim", scaled_linear_schedule(), 2)
-    whole, shallow = tiny_pipe.unet.split()
+    deep, shallow = map(of_arrays, tiny_pipe.unet.split())
     context = run(tiny_pipe.text_encoder, tiny_pipe.tokenizer(PROMPTS))
     nothing = run(tiny_pipe.text_encoder, tiny_pipe.tokenizer(["", ""]))
     both = context if scale == 1 else ops.concatenate([nothing, context])
     x = to_numpy(normal(split_seeds([5, 6]), 0, LATENT))
-    state, deep = np.stack([x] + 3 * [np.zeros_like(x)]), None
+    state, features = np.stack([x] + 3 * [np.zeros_like(x)]), None
     for i in range(2):
         twice = np.concatenate([state[0]] * (1 if scale == 1 else 2))
         times = np.full(len(twice), table.timestep[i], "float32")
-        arrays = {"latent": twice, "timestep": times, "context": both}
-        given = {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
-        if deep is None:
-            found = run(whole, given)
-            eps, deep = to_numpy(found["prediction"]), found["deep"]
-        else:
-            eps = to_numpy(run(of_arrays(shallow), *given.values(), deep, model=tiny_pipe.unet))
+        given = [ops.convert_to_tensor(array) for array in (twice, times, both)]
+        if features is None:
+            features = run(deep, *given, model=tiny_pipe.unet)
+        eps = to_numpy(run(shallow, *given, features, model=tiny_pipe.unet))
         if scale != 1:
             eps = eps[:2] + scale * (eps[2:] - eps[:2])
         x0 = (state[0] - table.noise[i] * eps) / table.signal[i]
@@ -184,17 +182,14 @@ def test_callback_sees_each_row_and_may_stop(latent):
     np.testing.assert_array_equal(stopped, seen[-1])
 
 
-def test_reuse_costs_one_more_compiled_step_and_no_further_trace(tiny_pipe, latent):
+def test_reuse_costs_a_trace_for_each_part_and_none_later(tiny_pipe, latent):
     latent()
     latent(guidance_scale=1)
-    parts = {}
-    for scale in (4.0, 1.0):
-        latent(guidance_scale=scale, cache_interval=2)
-        parts[scale] = tiny_pipe.traces
+    latent(cache_interval=2)
+    latent(cache_interval=2, guidance_scale=1)
+    before = tiny_pipe.traces
     latent(cache_interval=4, num_steps=6, guidance_scale=2.0, sampler="dpmpp_2m")
     latent(cache_interval=3, guidance_interval=(0, 2))
     latent(cache_interval=2, sampler="euler_ancestral")
-    assert tiny_pipe.traces == parts[1.0]
-    kinds = {(guided, part) for guided, _, part in tiny_pipe._steps}
-    assert kinds == {(guided, part) for guided in (True, False) for part in (None, "whole", "shallow")}
-    assert all(step.traces == 1 for step in tiny_pipe._steps.values())
+    latent()
+    assert tiny_pipe.traces == before
