@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +18,10 @@ from latentdiff import presets
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
-from latentdiff.diffusion.noise import MAX_SEED, normal, split_seeds
+from latentdiff.diffusion.noise import normal
 from latentdiff.diffusion.samplers import SamplerTable, make_table, step
+from latentdiff.generate_arguments import check_choices, is_whole, read_noise, read_prompts, read_seeds
 from latentdiff.sampling_run import ProgressBar, SamplingRun
-
-OUTPUTS = ("image", "latent")
 
 
 class TextToImage:
@@ -152,13 +150,13 @@ class TextToImage:
             TypeError: a prompt is not text, or a seed not an integer.
             ValueError: a number is out of range, a name unknown, or a shape does not fit; all before any work.
         """
-        prompts, negatives = _prompts(prompt, negative_prompt, num_images)
+        prompts, negatives = read_prompts(prompt, negative_prompt, num_images)
         total = len(prompts) * num_images
         shape = self.latent_shape(height, width)
         table = self._table(sampler, num_steps, eta)
-        seeds = _seeds(seed, total)
-        noise = _handed_in(noise, total, shape, table)
-        _check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, output)
+        seeds = read_seeds(seed, total)
+        noise = read_noise(noise, total, shape, table)
+        check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, output)
         tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
         negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 
@@ -234,7 +232,7 @@ class TextToImage:
         sizes = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
             pixels = own * factor if pixels is None else pixels
-            if not _is_whole(pixels) or pixels < factor or pixels % factor:
+            if not is_whole(pixels) or pixels < factor or pixels % factor:
                 raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
             sizes.append(int(pixels) // factor)
         return (*sizes, self.autoencoder.latent_channels)
@@ -250,85 +248,3 @@ class TextToImage:
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)
-
-
-def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]:
-    if not _is_whole(num_images) or num_images < 1:
-        raise ValueError(f"`num_images` must be a whole number, at least 1. Received: num_images={num_images!r}.")
-    lists = []
-    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
-            raise TypeError(f"`{name}` must be text, or a list of texts. Received: {name}={value!r}.")
-        lists.append(list(values))
-    prompts, negatives = lists
-    if not prompts:
-        raise ValueError("`prompt` must hold at least one prompt. Received: an empty list.")
-    if len(negatives) not in (1, len(prompts)):
-        raise ValueError(
-            "`negative_prompt` must be one text, or one for each prompt. "
-            f"Received: {len(negatives)} for {len(prompts)} prompts."
-        )
-    return prompts, negatives
-
-
-def _seeds(seed, total: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if _is_whole(seed):
-        seeds = [int(seed) + i for i in range(total)]
-    elif not isinstance(seed, list | tuple | range | np.ndarray):
-        raise TypeError(f"`seed` must be one int, or one for each image. Received: seed={seed!r}.")
-    else:
-        seeds = list(seed)
-        if len(seeds) != total:
-            raise ValueError(f"`seed` must be one int, or one for each of the {total} images. Received: {len(seeds)}.")
-    if any(isinstance(s, int) and not 0 <= s <= MAX_SEED for s in seeds):
-        raise ValueError(f"`seed` must lie in 0 .. 2**63 - 1, for every image. Received: seed={seed!r}.")
-    split_seeds(seeds)
-    return seeds
-
-
-def _handed_in(noise, total: int, shape: tuple[int, ...], table: SamplerTable) -> np.ndarray | None:
-    """The noise that was handed in, as (1 or 1 + R, B, h, w, c)."""
-    if noise is None:
-        return None
-    noise = np.asarray(noise, "float32")
-    initial = (total, *shape)
-    whole = (1 + table.num_rows, *initial)
-    if noise.shape not in (initial, whole):
-        raise ValueError(
-            f"`noise` must be (B, h, w, c), here {initial}, or (1 + R, B, h, w, c), here {whole}. "
-            f"Received: {noise.shape}."
-        )
-    if not np.isfinite(noise).all():
-        raise ValueError("`noise` must be finite. Received: NaN or infinity in it.")
-    return noise.reshape(-1, *initial)
-
-
-def _check_choices(scale, rescale, interval, cache_interval, batch_size, output) -> None:
-    if not _is_number(scale) or not np.isfinite(scale):
-        raise ValueError(f"`guidance_scale` must be a finite number. Received: guidance_scale={scale!r}.")
-    if not _is_number(rescale) or not 0 <= rescale <= 1:
-        raise ValueError(f"`guidance_rescale` must lie in 0 .. 1. Received: guidance_rescale={rescale!r}.")
-    if interval is not None and not _is_interval(interval):
-        raise ValueError(f"`guidance_interval` must be (low, high), 0 <= low <= high. Received: {interval!r}.")
-    if not _is_whole(cache_interval) or cache_interval < 1:
-        raise ValueError(f"`cache_interval` must be a whole number, at least 1. Received: {cache_interval!r}.")
-    if batch_size is not None and (not _is_whole(batch_size) or batch_size < 1):
-        raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
-    if output not in OUTPUTS:
-        raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}. Received: output={output!r}.")
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return _is_whole(value) or isinstance(value, float | np.floating)
-
-
-def _is_interval(value) -> bool:
-    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(end) for end in value)
-    return is_pair and 0 <= value[0] <= value[1]
