@@ -51,3 +51,18 @@ def number(value: str) -> float:
     if not math.isfinite(found):
         raise argparse.ArgumentTypeError(f"must be a finite number. Received: {value!r}")
     return found
+
+
+def level(value: str) -> float | None:
+    """A level of noise_to_signal, 0 or more; None for "inf".
+
+    Raises:
+        argparse.ArgumentTypeError: it is negative, or no number.
+    """
+    try:
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not found >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number, at least 0, or inf. Received: {value!r}")
+    return found if math.isfinite(found) else None

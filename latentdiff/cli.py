@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from latentdiff import __version__, commands, commands_training
-from latentdiff.arguments import number, text, whole
+from latentdiff.arguments import level, number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
@@ -32,6 +33,8 @@ _SHARED = (
     "preset",
     "num_steps",
     "guidance_scale",
+    "guidance_interval",
+    "cache_interval",
     "seed",
     "sampler",
     "height",
@@ -114,6 +117,8 @@ def _parser() -> _Parser:
     add("--num-images", type=whole(1), default=1, help="pictures for each prompt; default: 1")
     add("--num-steps", type=whole(1), help="default: 25")
     add("--guidance-scale", type=number, help="how closely to follow the prompt; default: 5")
+    add("--guidance-interval", nargs=2, type=level, metavar=("LOW", "HIGH"), help="noise over signal; default: 0 inf")
+    add("--cache-interval", type=whole(1), help="steps that share the UNet's deep features; default: 1, faster: 3")
     add("--seed", type=whole(0), help="of the first picture, the next has one more; default: random")
     add("--sampler", choices=SAMPLERS, metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own")
     add("--height", type=whole(1), help="in pixels; default: the model's own")
@@ -152,6 +157,8 @@ def _generate(options: argparse.Namespace) -> None:
         num_images=options.num_images,
         num_steps=settings.num_steps,
         guidance_scale=settings.guidance_scale,
+        guidance_interval=_interval(settings),
+        cache_interval=settings.cache_interval,
         seed=settings.seed,
         sampler=settings.sampler,
         height=settings.height,
@@ -221,6 +228,14 @@ def _settings(options: argparse.Namespace) -> tuple[list[str], Settings]:
         raise ValueError("a prompt is needed, or a picture to take it from: latentdiff generate PROMPT, or --from PNG")
     defaults = {"preset": "emoji", "seed": secrets.randbelow(2**32)}
     return options.prompt, Settings(prompt=options.prompt[0], **{**defaults, **given})
+
+
+def _interval(settings: Settings) -> tuple[float, float] | None:
+    """The interval as `generate` takes it; JSON has no infinity."""
+    if settings.guidance_interval is None:
+        return None
+    low, high = settings.guidance_interval
+    return low or 0.0, math.inf if high is None else high
 
 
 def _outputs(output: str, total: int) -> list[Path]:

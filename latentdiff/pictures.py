@@ -36,6 +36,9 @@ class Settings:
         seed: of this picture, 0 .. 2**63 - 1.
         num_steps: at least 1.
         guidance_scale: finite.
+        guidance_interval: [low, high], 0 <= low <= high, the levels of noise_to_signal at which guidance acts; a high
+            of None is no bound, and None is every level.
+        cache_interval: at least 1, see `TextToImage.generate`.
         sampler: its name; None is the model's own.
         height: in pixels, at least 1; None is the model's own, as for the next.
         width: in pixels, at least 1.
@@ -56,6 +59,8 @@ class Settings:
     seed: int
     num_steps: int = 25
     guidance_scale: float = 5.0
+    guidance_interval: list[float | None] | None = None
+    cache_interval: int = 1
     sampler: str | None = None
     height: int | None = None
     width: int | None = None
@@ -74,6 +79,8 @@ class Settings:
             "seed": lambda value: _is_int(value) and 0 <= value <= MAX_SEED,
             "num_steps": lambda value: _is_int(value) and value >= 1,
             "guidance_scale": _is_finite,
+            "guidance_interval": lambda value: value is None or _is_interval(value),
+            "cache_interval": lambda value: _is_int(value) and value >= 1,
             "sampler": lambda value: value is None or _is_text(value),
             "height": lambda value: value is None or _is_int(value) and value >= 1,
             "width": lambda value: value is None or _is_int(value) and value >= 1,
@@ -180,3 +187,9 @@ def _is_finite(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _is_interval(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not _is_finite(value[0]) or value[0] < 0:
+        return False
+    return value[1] is None or _is_finite(value[1]) and value[0] <= value[1]

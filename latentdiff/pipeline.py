@@ -5,10 +5,8 @@ Rombach et al. 2022, sec. 3, arXiv:2112.10752.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-import secrets
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,11 +18,11 @@ from latentdiff import presets
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
-from latentdiff.diffusion.noise import MAX_SEED, normal, split_seeds
-from latentdiff.diffusion.samplers import SamplerTable, initial_state, make_table, step
+from latentdiff.diffusion.noise import normal
+from latentdiff.diffusion.samplers import SamplerTable, make_table, step
 from latentdiff.engine import OpenvinoNetwork, StepAfter, check_engine
-
-OUTPUTS = ("image", "latent")
+from latentdiff.generate_arguments import check_choices, is_whole, read_noise, read_prompts, read_seeds
+from latentdiff.sampling_run import ProgressBar, SamplingRun
 
 
 class TextToImage:
@@ -59,7 +57,8 @@ class TextToImage:
             self._predict = None
             self._decode = Compiled(self.image, [self.autoencoder])
         self._normal = Compiled(self._noise, [])
-        self._steps: dict[tuple[bool, float | None], Compiled | StepAfter] = {}
+        self._features = Compiled(self._deep_features, [self.unet])
+        self._steps: dict[tuple[bool, float | None, bool], Compiled | StepAfter] = {}
 
     @classmethod
     def from_preset(
@@ -113,7 +112,7 @@ class TextToImage:
     @property
     def traces(self) -> int:
         """How often a function of this pipeline was traced so far; a second call like the first adds none."""
-        functions = (self._encode, self._predict, self._decode, self._normal, *self._steps.values())
+        functions = (self._encode, self._predict, self._decode, self._normal, self._features, *self._steps.values())
         return sum(function.traces for function in functions if function is not None)
 
     def generate(
@@ -130,6 +129,7 @@ class TextToImage:
         width: int | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        cache_interval: int = 1,
         eta: float = 0.0,
         noise: Any = None,
         batch_size: int | None = None,
@@ -149,7 +149,10 @@ class TextToImage:
             sampler: a name of `SAMPLERS`; None is the directory's own. Another keeps its schedule and spacing.
             height, width: of the images, in pixels, multiples of the autoencoder's factor; None is the model's own.
             guidance_rescale: 0 .. 1, see `guidance.guide`.
-            guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone.
+            guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone,
+                at half the cost.
+            cache_interval: one in so many of the sampler's rows computes the whole UNet, and its deep features serve
+                those that follow, which compute the rest. 1 is the full model; more is faster, and another picture.
             eta: DDIM's share of DDPM's noise, 0 .. 1.
             noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise
                 of each of the sampler's R rows after it.
@@ -166,27 +169,31 @@ class TextToImage:
             TypeError: a prompt is not text, or a seed not an integer.
             ValueError: a number is out of range, a name unknown, or a shape does not fit; all before any work.
         """
-        prompts, negatives = _prompts(prompt, negative_prompt, num_images)
+        prompts, negatives = read_prompts(prompt, negative_prompt, num_images)
         total = len(prompts) * num_images
         shape = self.latent_shape(height, width)
         table = self._table(sampler, num_steps, eta)
-        seeds = _seeds(seed, total)
-        noise = _handed_in(noise, total, shape, table)
-        _check_choices(guidance_scale, guidance_rescale, guidance_interval, batch_size, output)
+        seeds = read_seeds(seed, total)
+        noise = read_noise(noise, total, shape, table)
+        check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, output)
+        if cache_interval > 1 and self.engine != "keras":
+            raise ValueError(
+                f'`cache_interval` must be 1 with engine="{self.engine}". Received: cache_interval={cache_interval}.'
+            )
         tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
         negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 
         clip = self.settings.with_sampler(table.sampler).clip
         size = min(batch_size or total, total)
         starts = range(0, total, size)
-        bar = _Bar(table.num_rows * len(starts)) if progress else None
+        bar = ProgressBar(table.num_rows * len(starts)) if progress else None
         made = []
         for start in starts:
             part = slice(start, start + size)
-            run = _Run(self, table, clip, seeds[part], None if noise is None else noise[:, part], shape)
+            run = SamplingRun(self, table, clip, seeds[part], None if noise is None else noise[:, part], shape)
             run.guide(guidance_scale, guidance_rescale, guidance_interval)
             run.encode(tokens[part], negative_tokens[part])
-            latent, going = run.loop(bar, callback)
+            latent, going = run.loop(bar, callback, cache_interval)
             made.append(self._finished(latent, output))
             if not going:
                 break
@@ -196,18 +203,22 @@ class TextToImage:
         """Scaled latents (B, h, w, c) -> images uint8 (B, H, W, 3), as tensors: the arrow's last part, uncompiled."""
         return _grey_levels(self.autoencoder.decode(latent))
 
-    def step_function(self, guided: bool, clip: float | None) -> Compiled | StepAfter:
+    def step_function(self, guided: bool, clip: float | None, shallow: bool = False) -> Compiled | StepAfter:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
 
         It takes state (4, B, h, w, c), context (B or 2 B, S, D), timestep, signal, noise (), the sampler's row (4, 7),
-        fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state.
+        fresh noise (B, h, w, c), guidance's scale () and rescale (), and gives the next state. If `shallow`, it takes
+        the UNet's deep features last, (B or 2 B, h, w, C), and computes the rest.
         """
-        if (guided, clip) not in self._steps:
+        if (guided, clip, shallow) not in self._steps:
+            shallow_network = self._split[1] if shallow else None
 
-            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale):
+            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale, *features):
                 def network(x_t, t):
                     if self._predict:
                         return context  # the prediction already, of a `StepAfter`
+                    if shallow_network:
+                        return shallow_network([x_t, t, context, *features], training=False)
                     return self.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
 
                 denoiser = Denoiser(network, self.settings.prediction, clip=clip)
@@ -217,8 +228,19 @@ class TextToImage:
 
             compiled = Compiled(run, [self.unet])
             embed = self.unet.get_layer("timestep_embedding")
-            self._steps[guided, clip] = StepAfter(self._predict, embed, compiled) if self._predict else compiled
-        return self._steps[guided, clip]
+            step_after = self._predict and StepAfter(self._predict, embed, compiled)
+            self._steps[guided, clip, shallow] = step_after or compiled
+        return self._steps[guided, clip, shallow]
+
+    @functools.cached_property
+    def _split(self) -> tuple[keras.Model, keras.Model]:
+        return self.unet.split()
+
+    def _deep_features(self, state, context, timestep):
+        """(B or 2 B, h, w, C), as many as there are contexts."""
+        count = context.shape[0]
+        latent = ops.concatenate([state[0]] * (count // state.shape[1]), axis=0)
+        return self._split[0]([latent, ops.broadcast_to(timestep, (count,)), context], training=False)
 
     def _table(self, sampler: str | None, num_steps: int, eta: float) -> SamplerTable:
         settings = self.settings
@@ -237,7 +259,7 @@ class TextToImage:
         sizes = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
             pixels = own * factor if pixels is None else pixels
-            if not _is_whole(pixels) or pixels < factor or pixels % factor:
+            if not is_whole(pixels) or pixels < factor or pixels % factor:
                 raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
             sizes.append(int(pixels) // factor)
         return (*sizes, self.autoencoder.latent_channels)
@@ -267,153 +289,3 @@ class TextToImage:
 def _grey_levels(image):
     image = ops.cast(image, "float32")  # (B, H, W, 3) in [-1, 1]
     return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")
-
-
-class _Bar:
-    """Keras' progress bar, on standard error: standard output is the program's own."""
-
-    def __init__(self, steps: int):
-        with contextlib.redirect_stdout(sys.stderr):
-            self.bar = keras.utils.Progbar(steps, unit_name="step")
-
-    def add(self) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self.bar.add(1)
-
-
-class _Run:
-    """One batch on its way through the sampler."""
-
-    def __init__(self, pipeline: TextToImage, table: SamplerTable, clip, seeds: list[int], noise, shape):
-        self.pipeline, self.table, self.clip, self.shape = pipeline, table, clip, shape
-        self.seeds, self.noise = split_seeds(seeds), noise
-        self.like = np.zeros(shape, "float32")
-        self.no_noise = ops.zeros((len(seeds), *shape), "float32")
-
-    def guide(self, scale: float, rescale: float, interval: tuple[float, float] | None) -> None:
-        """Settles how each row is guided."""
-        self.scale, self.rescale = np.float32(scale), np.float32(rescale)
-        low, high = (0.0, np.inf) if interval is None else interval
-        signal, noise = self.table.signal, self.table.noise
-        with np.errstate(divide="ignore"):
-            ratio = noise / signal
-        self.guided = (scale != 1) & (low <= ratio) & (ratio <= high)  # (R,)
-
-    def encode(self, tokens: np.ndarray, negative_tokens: np.ndarray) -> None:
-        """Makes the contexts, (B, S, D) with the prompt and (2 B, S, D) without and with it; equal tokens once."""
-        self.context = self._context(tokens)
-        self.both = self.context
-        if self.guided[: self.table.num_rows].any():
-            self.both = ops.concatenate([self._context(negative_tokens), self.context], axis=0)
-
-    def _context(self, tokens: np.ndarray):
-        # One prompt at a time: its context does not depend on those beside it, and no number of them is traced anew.
-        rows, places = np.unique(tokens, axis=0, return_inverse=True)
-        contexts = ops.concatenate([self.pipeline._encode(row[None]) for row in rows], axis=0)
-        return ops.take(contexts, places.reshape(-1), axis=0)
-
-    def loop(self, bar, callback) -> tuple[Any, bool]:
-        """The latent after the last row, and whether the run was not stopped."""
-        table = self.table
-        state = initial_state(self.fresh(0) * table.initial_scale)
-        for i in range(table.num_rows):
-            fresh = self.fresh(i + 1) if table.needs_noise else self.no_noise
-            guided = bool(self.guided[i])
-            numbers = (np.float32(a[i]) for a in (table.timestep, table.signal, table.noise))
-            state = self.pipeline.step_function(guided, self.clip)(
-                state, self.both if guided else self.context, *numbers, table.matrix[i].astype("float32"), fresh,
-                self.scale, self.rescale,
-            )  # fmt: skip
-            if bar is not None:
-                bar.add()
-            if callback is not None:
-                wish = callback(i + 1, to_numpy(state[0], "float32"))
-                if wish is not None and not wish:
-                    return state[0], False
-        return state[0], True
-
-    def fresh(self, k: int):
-        """The noise of row k - 1, or for k = 0 the initial noise: (B, h, w, c)."""
-        if self.noise is not None and k < len(self.noise):
-            return ops.convert_to_tensor(self.noise[k])
-        return self.pipeline._normal(self.seeds, np.int32(k), self.like)
-
-
-def _prompts(prompt, negative_prompt, num_images) -> tuple[list[str], list[str]]:
-    if not _is_whole(num_images) or num_images < 1:
-        raise ValueError(f"`num_images` must be a whole number, at least 1. Received: num_images={num_images!r}.")
-    lists = []
-    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
-            raise TypeError(f"`{name}` must be text, or a list of texts. Received: {name}={value!r}.")
-        lists.append(list(values))
-    prompts, negatives = lists
-    if not prompts:
-        raise ValueError("`prompt` must hold at least one prompt. Received: an empty list.")
-    if len(negatives) not in (1, len(prompts)):
-        raise ValueError(
-            "`negative_prompt` must be one text, or one for each prompt. "
-            f"Received: {len(negatives)} for {len(prompts)} prompts."
-        )
-    return prompts, negatives
-
-
-def _seeds(seed, total: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if _is_whole(seed):
-        seeds = [int(seed) + i for i in range(total)]
-    elif not isinstance(seed, list | tuple | range | np.ndarray):
-        raise TypeError(f"`seed` must be one int, or one for each image. Received: seed={seed!r}.")
-    else:
-        seeds = list(seed)
-        if len(seeds) != total:
-            raise ValueError(f"`seed` must be one int, or one for each of the {total} images. Received: {len(seeds)}.")
-    if any(isinstance(s, int) and not 0 <= s <= MAX_SEED for s in seeds):
-        raise ValueError(f"`seed` must lie in 0 .. 2**63 - 1, for every image. Received: seed={seed!r}.")
-    split_seeds(seeds)
-    return seeds
-
-
-def _handed_in(noise, total: int, shape: tuple[int, ...], table: SamplerTable) -> np.ndarray | None:
-    """The noise that was handed in, as (1 or 1 + R, B, h, w, c)."""
-    if noise is None:
-        return None
-    noise = np.asarray(noise, "float32")
-    initial = (total, *shape)
-    whole = (1 + table.num_rows, *initial)
-    if noise.shape not in (initial, whole):
-        raise ValueError(
-            f"`noise` must be (B, h, w, c), here {initial}, or (1 + R, B, h, w, c), here {whole}. "
-            f"Received: {noise.shape}."
-        )
-    if not np.isfinite(noise).all():
-        raise ValueError("`noise` must be finite. Received: NaN or infinity in it.")
-    return noise.reshape(-1, *initial)
-
-
-def _check_choices(scale, rescale, interval, batch_size, output) -> None:
-    if not _is_number(scale) or not np.isfinite(scale):
-        raise ValueError(f"`guidance_scale` must be a finite number. Received: guidance_scale={scale!r}.")
-    if not _is_number(rescale) or not 0 <= rescale <= 1:
-        raise ValueError(f"`guidance_rescale` must lie in 0 .. 1. Received: guidance_rescale={rescale!r}.")
-    if interval is not None and not _is_interval(interval):
-        raise ValueError(f"`guidance_interval` must be (low, high), 0 <= low <= high. Received: {interval!r}.")
-    if batch_size is not None and (not _is_whole(batch_size) or batch_size < 1):
-        raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
-    if output not in OUTPUTS:
-        raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}. Received: output={output!r}.")
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return _is_whole(value) or isinstance(value, float | np.floating)
-
-
-def _is_interval(value) -> bool:
-    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(end) for end in value)
-    return is_pair and 0 <= value[0] <= value[1]

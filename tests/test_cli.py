@@ -90,6 +90,8 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
         "num_images": 1,
         "num_steps": 25,
         "guidance_scale": 5.0,
+        "guidance_interval": None,
+        "cache_interval": 1,
         "sampler": None,
         "height": None,
         "width": None,
@@ -100,7 +102,8 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
 
 def test_every_argument_reaches_the_pipeline(pipeline):
     command = """--preset emoji --num-images 2 --num-steps 25 --guidance-scale 5 --seed 3 --sampler dpmpp_2m --height 24
-        --width 32 --batch-size 1 --dtype float32 --negative-prompt blue --no-progress --output x.png"""
+        --width 32 --batch-size 1 --dtype float32 --negative-prompt blue --no-progress --output x.png
+        --guidance-interval 0.5 inf --cache-interval 3"""
     assert cli.main(["generate", "a red heart", *command.split()]) == 0
     assert pipeline.presets == [("emoji", "float32")]
     assert pipeline.calls == [
@@ -111,6 +114,8 @@ def test_every_argument_reaches_the_pipeline(pipeline):
                 "num_images": 2,
                 "num_steps": 25,
                 "guidance_scale": 5.0,
+                "guidance_interval": (0.5, np.inf),
+                "cache_interval": 3,
                 "seed": 3,
                 "sampler": "dpmpp_2m",
                 "height": 24,
@@ -164,8 +169,10 @@ def test_numbers_of_eleven_pictures_sort_by_name(pipeline, here):
 
 
 def test_a_picture_is_made_again_from_itself(pipeline):
-    command = "--seed 9 --num-steps 3 --guidance-scale 2.5 --sampler heun --height 24 --width 32 --dtype bfloat16"
+    command = """--seed 9 --num-steps 3 --guidance-scale 2.5 --sampler heun --height 24 --width 32 --dtype bfloat16
+        --guidance-interval 0 2.5 --cache-interval 2"""
     cli.main(["generate", "a red heart", "--negative-prompt", "blue", *command.split()])
+    assert pipeline.calls[0][1]["guidance_interval"] == (0, 2.5)
     cli.main(["generate", "--from", "out.png", "--output", "again.png"])
     assert pipeline.calls[0] == pipeline.calls[1]
     assert pipeline.presets == [("emoji", "bfloat16")] * 2
@@ -258,6 +265,12 @@ def test_another_backend_than_the_pictures_is_said(pipeline, capsys, monkeypatch
         ("generate heart --seed 9223372036854775807 --num-images 2", "every picture's seed"),
         ("generate heart --guidance-scale nan", "argument --guidance-scale: must be a finite number"),
         ("generate heart --guidance-scale high", "argument --guidance-scale: must be a finite number"),
+        ("generate heart --guidance-interval 2", "argument --guidance-interval: expected 2 arguments"),
+        ("generate heart --guidance-interval -1 2", "argument --guidance-interval: must be a number, at least 0"),
+        ("generate heart --guidance-interval 0 nan", "must be a number, at least 0, or inf. Received: 'nan'"),
+        ("generate heart --guidance-interval 3 2", "Received: guidance_interval=[3.0, 2.0]"),
+        ("generate heart --guidance-interval inf inf", "Received: guidance_interval=[None, None]"),
+        ("generate heart --cache-interval 0", "argument --cache-interval: must be a whole number, at least 1"),
         ("generate heart --height 0", "argument --height: must be a whole number"),
         ("generate heart --batch-size none", "argument --batch-size: must be a whole number"),
         ("generate heart --sampler dpmpp_3m", "'dpmpp_2m'"),
@@ -378,3 +391,5 @@ def test_the_command_knows_what_the_pipeline_knows():
     defaults = inspect.signature(TextToImage.generate).parameters
     assert Settings.num_steps == defaults["num_steps"].default
     assert Settings.guidance_scale == defaults["guidance_scale"].default
+    assert Settings.guidance_interval == defaults["guidance_interval"].default
+    assert Settings.cache_interval == defaults["cache_interval"].default

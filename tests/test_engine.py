@@ -72,3 +72,8 @@ def test_openvino_takes_networks_of_tensorflow_alone(monkeypatch):
     if keras.backend.backend() == "jax":
         with pytest.raises(ValueError, match="needs KERAS_BACKEND=tensorflow. Received: jax."):
             ld.TextToImage.from_preset("no/such/model", engine="openvino")
+
+
+def test_deep_features_are_kerass_alone(other_pipe):
+    with pytest.raises(ValueError, match='`cache_interval` must be 1 with engine="openvino". Received: .*=2.'):
+        other_pipe.generate(**ARGUMENTS, cache_interval=2)

@@ -39,10 +39,29 @@ def test_pixels_and_size_come_back(tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), IMAGE)
 
 
-@given(prompt=TEXT, negative_prompt=TEXT, seed=st.integers(0, 2**63 - 1), scale=st.floats(-1e6, 1e6))
-def test_settings_come_back_whatever_the_text(tmp_path_factory, prompt, negative_prompt, seed, scale):
+INTERVALS = [None, [0.0, None], [0.25, 5.0], [0, 0]]
+
+
+@given(
+    prompt=TEXT,
+    negative_prompt=TEXT,
+    seed=st.integers(0, 2**63 - 1),
+    scale=st.floats(-1e6, 1e6),
+    interval=st.sampled_from(INTERVALS),
+    cache_interval=st.integers(1, 1000),
+)
+def test_settings_come_back_whatever_the_text(
+    tmp_path_factory, prompt, negative_prompt, seed, scale, interval, cache_interval
+):
     settings = Settings(
-        prompt=prompt, negative_prompt=negative_prompt, preset="emoji", seed=seed, guidance_scale=scale, num_steps=25
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        preset="emoji",
+        seed=seed,
+        guidance_scale=scale,
+        guidance_interval=interval,
+        cache_interval=cache_interval,
+        num_steps=25,
     )
     path = tmp_path_factory.mktemp("pictures") / "x.png"
     write_png(path, IMAGE, settings)
@@ -102,6 +121,15 @@ def test_only_uint8_rgb_is_written(tmp_path, image):
         {"num_steps": "4"},
         {"guidance_scale": float("nan")},
         {"guidance_scale": 10**400},
+        {"guidance_interval": (0, 1)},
+        {"guidance_interval": [1, 0.5]},
+        {"guidance_interval": [-1, 2]},
+        {"guidance_interval": [None, 2]},
+        {"guidance_interval": [0, float("inf")]},
+        {"guidance_interval": [0]},
+        {"cache_interval": 0},
+        {"cache_interval": 2.0},
+        {"cache_interval": True},
         {"sampler": 1},
         {"height": 0},
         {"width": 8.0},

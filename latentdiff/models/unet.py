@@ -123,6 +123,7 @@ class UNet(keras.Model):
 
         for i, level in enumerate(reversed(range(levels))):
             for j in range(blocks_per_level + 1):
+                features = x
                 x = keras.layers.Concatenate(name=f"up_{i}_skip_{j}", dtype=dtype)([x, skips.pop()])
                 x = resnet(x, channels[level], f"up_{i}_resnet_{j}")
                 if attention[level]:
@@ -133,6 +134,7 @@ class UNet(keras.Model):
         x = keras.ops.silu(group_norm(groups, norm_epsilon, "norm_out", dtype)(x))
         x = conv(out_channels, 3, "conv_out", dtype, zero=True)(x)
         super().__init__({"latent": latent, "timestep": timestep, "context": context}, x, name=name)
+        self._features = features
         self.config = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -151,6 +153,22 @@ class UNet(keras.Model):
             "freq_shift": freq_shift,
             "mid_attention": mid_attention,
         }
+
+    def split(self) -> tuple[keras.Model, keras.Model]:
+        """This network as two over the same layers, of which the second may take what the first gave at another step.
+
+        Shallow are the first convolution, the last residual block of the way up with its attention, and the output.
+
+        Returns:
+            deep: [latent, timestep, context] -> features (B, h, w, C).
+            shallow: [latent, timestep, context, features] -> prediction (B, h, w, out_channels).
+
+        Reference:
+            Ma et al. 2023, sec. 3.3, arXiv:2312.00858, at the outermost skip connection.
+        """
+        inputs = [self.input[name] for name in ("latent", "timestep", "context")]
+        deep = keras.Model(inputs, self._features, name=f"{self.name}_deep")
+        return deep, keras.Model([*inputs, self._features], self.output, name=f"{self.name}_shallow")
 
     def get_config(self) -> dict:
         return {**self.config, "name": self.name, "dtype": policy_config(self)}
