@@ -38,7 +38,7 @@ JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 # A process for each core, since tracing and compiling keep to one; a file's tests stay together and share what they build.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15
-export TF_CPP_MIN_LOG_LEVEL ?= 2
+test-tensorflow test-jax peers serving: export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: run test test-tensorflow test-jax lint format peers bench serving wheel clean
 .DELETE_ON_ERROR:

@@ -16,9 +16,9 @@ import numpy as np
 
 from benchmarks import machine, weights
 from benchmarks.cases import COLD, SIZES, Case, make_cases
-from benchmarks.systems import SYSTEMS, Job
+from benchmarks.systems import SYSTEMS, Job, files_of
 from benchmarks.worker import output_path
-from benchmarks.workers import Pool, Worker, WorkerFailed, WorkerUnavailable, interleaved
+from benchmarks.workers import Pool, Worker, WorkerFailed, interleaved
 
 REFERENCE = ("diffusers", "float32")  # whose outputs others are compared with
 SETTINGS = (
@@ -91,7 +91,7 @@ class Measurement:
             if reason is not None:
                 self._skip(name, case.name, reason)
                 continue
-            place = self.work / SYSTEMS[name].module
+            place = files_of(name, self.options.size, self.work)
             if SYSTEMS[name].prepares and not place.exists():
                 _say(f"{name}: makes its files of the model")
                 if not self._guarded(name, case, lambda name=name, case=case: self._prepare(name, case)):
@@ -114,7 +114,7 @@ class Measurement:
         for repetition, name in interleaved(systems, self.options.cold_repetitions):
             if name in failed:
                 continue
-            for place in (self.directory, self.work / SYSTEMS[name].module):
+            for place in (self.directory, files_of(name, self.options.size, self.work)):
                 weights.read_through(place)
 
             def once(repetition=repetition, name=name) -> None:
@@ -156,8 +156,6 @@ class Measurement:
         try:
             work()
             return True
-        except WorkerUnavailable as reason:
-            self._skip(system, case.name, str(reason))
         except WorkerFailed as error:
             self.result["errors"].append({"system": system, "case": case.name, "error": str(error)})
             _say(f"{case.name}: {system} FAILED: {error}")

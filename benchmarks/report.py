@@ -111,7 +111,7 @@ def table(result: dict[str, Any]) -> str:
         f"threads; {settings['num_steps']} steps; medians of {settings['repetitions']}, of whole processes "
         f"{settings['cold_repetitions']}; {packages}",
         "",
-        "| | system | median | spread | to the best of diffusers | cpu s | distance from diffusers, float32 |",
+        "| | system | median | spread | to the best of diffusers | cpu s | distance from diffusers |",
         "|---|---|---|---|---|---|---|",
     ]
     found = rows(result)

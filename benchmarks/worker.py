@@ -1,6 +1,6 @@
 """A system's process: does what it is told on standard input, one JSON line each, and answers on standard output.
 
-    job                  -> {"ready": ...} once it is warm, or {"unavailable": reason}, or {"error": what}
+    job                  -> {"ready": ...} once it is warm, or {"error": what}
     {"repeat": true}     -> figures of one repetition
     end of input         -> it ends
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.cases import COLD, Case
-from benchmarks.systems import SYSTEMS, Job, Measured, Unavailable
+from benchmarks.systems import SYSTEMS, Job, Measured
 
 MOST_CALLS = 1000
 
@@ -45,8 +45,6 @@ def main() -> None:
         answer(ready={"peak_gib": machine.peak_memory_gib(), **repeat.found})
         for _ in sys.stdin:
             answer(figures=repeat())
-    except Unavailable as reason:
-        answer(unavailable=str(reason))
     except Exception as error:
         answer(error=f"{type(error).__name__}: {error}")
         raise

@@ -22,10 +22,6 @@ class WorkerFailed(Exception):
     """A worker's process ended, or said that it failed."""
 
 
-class WorkerUnavailable(Exception):
-    """A worker said that its system cannot do this here."""
-
-
 class Worker:
     """One process of one system.
 
@@ -74,6 +70,8 @@ class Worker:
         self.process.returncode = os.waitstatus_to_exitcode(status)
         wall = time.perf_counter() - self.begun
         self.end()
+        if self.process.returncode != 0:
+            raise WorkerFailed(f"its process was done, and ended with {self.process.returncode}")
         return {
             "wall_s": wall,
             "done_s": done,
@@ -107,7 +105,6 @@ class Worker:
 
         Raises:
             WorkerFailed: it says that it failed, or ends, or takes too long.
-            WorkerUnavailable: it says so.
         """
         assert self.process.stdout is not None
         alarm = threading.Timer(self.timeout, self.process.kill)
@@ -119,8 +116,6 @@ class Worker:
         if kind in said:
             return said[kind]
         self.end()
-        if "unavailable" in said:
-            raise WorkerUnavailable(said["unavailable"])
         log = " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-LOG_LINES:])
         ended = f"no answer in {self.timeout:g} s" if late else f"its process ended with {self.process.returncode}"
         raise WorkerFailed(said.get("error") or f"{ended}: {log}")

@@ -20,7 +20,7 @@ from latentdiff.arguments import level, number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
-from latentdiff.engine import ENGINES, check_engine
+from latentdiff.engine import ENGINES, check_cache_interval, check_engine
 
 if TYPE_CHECKING:
     from latentdiff.pictures import Settings
@@ -135,6 +135,7 @@ def _parser() -> _Parser:
 def _generate(options: argparse.Namespace) -> None:
     prompts, settings = _settings(options)
     check_engine(settings.engine)
+    check_cache_interval(settings.engine, settings.cache_interval)
     weights = {"ema": settings.ema, "prediction": settings.prediction}
     open_source(resolve_preset(settings.preset), **weights)  # so that what cannot be opened is told at once
     total = len(prompts) * options.num_images

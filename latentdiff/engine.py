@@ -6,6 +6,7 @@ but before it, handing it the prediction. All else is the pipeline's own.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from latentdiff.backend import Compiled
 
 ENGINES = ("keras", "openvino")
-PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # of what a policy computes in
 KEPT = 2  # sets of shapes for which a network stays compiled: guided and unguided
 
 
@@ -41,6 +42,12 @@ def check_engine(engine: str, backend: str | None = None) -> None:
         raise ImportError('engine="openvino" needs openvino: pip install "latentdiff[openvino]".')
     if backend not in (None, "tensorflow"):
         raise ValueError(f'engine="openvino" needs KERAS_BACKEND=tensorflow. Received: {backend}.')
+
+
+def check_cache_interval(engine: str, cache_interval: int) -> None:
+    """Raises ValueError where deep features are to be shared by an engine that has the UNet whole alone."""
+    if engine != "keras" and cache_interval > 1:
+        raise ValueError(f'`cache_interval` must be 1 with engine="{engine}". Received: {cache_interval}.')
 
 
 def to_openvino(network: keras.Model) -> Any:
@@ -79,7 +86,7 @@ class OpenvinoNetwork:
 
     Args:
         network: gives a functional model in float32 with a list of inputs and one output; called once.
-        dtype: that it computes in, as far as the processor can: "float32", "bfloat16" or "float16".
+        dtype: that it computes in, as far as the processor can: "float32", "bfloat16", "float16", or a mixed policy.
 
     Attributes:
         traces: how often the network was converted.
@@ -88,7 +95,9 @@ class OpenvinoNetwork:
 
     def __init__(self, network: Callable[[], keras.Model], dtype: str):
         self.traces, self.compiled = 0, 0
-        self._network, self._precision = network, PRECISIONS[dtype]
+        import keras
+
+        self._network, self._precision = network, PRECISIONS[keras.DTypePolicy(dtype).compute_dtype]
         self._model = None
         self._kept: dict[tuple, Any] = {}
 
@@ -107,6 +116,7 @@ class OpenvinoNetwork:
         if self._model is None:
             self._model = to_openvino(self._network())
             self.traces += 1
+            gc.collect()  # of Keras' copy in float32: layers refer to each other in circles
         if len(self._kept) == KEPT:
             del self._kept[next(iter(self._kept))]
         self._model.reshape({given: list(shape) for given, shape in zip(self._model.inputs, shapes, strict=True)})

@@ -1,6 +1,6 @@
 """What `TextToImage.generate` was told: each function checks arguments before any work, and gives them in one form.
 
-An error is a TypeError where text or an integer was expected, and otherwise a ValueError.
+An error is a TypeError where a prompt is no text or a seed no integer, and otherwise a ValueError.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import normal
 from latentdiff.diffusion.samplers import SamplerTable, make_table, step
-from latentdiff.engine import OpenvinoNetwork, StepAfter, check_engine
+from latentdiff.engine import OpenvinoNetwork, StepAfter, check_cache_interval, check_engine
 from latentdiff.generate_arguments import check_choices, is_whole, read_noise, read_prompts, read_seeds
 from latentdiff.sampling_run import ProgressBar, SamplingRun
 
@@ -30,7 +30,8 @@ class TextToImage:
 
     Args:
         parts: tokenizer, networks, sampler's settings; see `presets.Parts`.
-        engine: what computes the networks in `generate`: "keras", or "openvino", which is faster on a processor.
+        engine: what computes the networks in `generate`: "keras", or "openvino", on the processor, with the weights as
+            they are at the first picture.
 
     Attributes:
         tokenizer, text_encoder, unet, autoencoder: the parts, each of which can be called alone.
@@ -81,7 +82,8 @@ class TextToImage:
             ema: whether the averaged weights of the UNet are read, where a single file holds both kinds.
             prediction: "eps", "v" or "x0", what the UNet predicts, where the files do not say it: a single file of
                 Stable Diffusion 2.x does not.
-            engine: what computes the networks in `generate`: "keras", or "openvino", which is faster on a processor.
+            engine: what computes the networks in `generate`: "keras", or "openvino", on the processor, with the weights
+                as they are at the first picture.
                 Seeds give the same pictures, in float32 within one grey level.
 
         Raises:
@@ -152,7 +154,8 @@ class TextToImage:
             guidance_interval: (low, high) of noise_to_signal outside of which the conditional model acts alone,
                 at half the cost.
             cache_interval: one in so many of the sampler's rows computes the whole UNet, and its deep features serve
-                those that follow, which compute the rest. 1 is the full model; more is faster, and another picture.
+                those that follow, which compute the rest. 1 is the full model, and all that OpenVINO has; more is
+                faster, and another picture.
             eta: DDIM's share of DDPM's noise, 0 .. 1.
             noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise
                 of each of the sampler's R rows after it.
@@ -176,10 +179,7 @@ class TextToImage:
         seeds = read_seeds(seed, total)
         noise = read_noise(noise, total, shape, table)
         check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, output)
-        if cache_interval > 1 and self.engine != "keras":
-            raise ValueError(
-                f'`cache_interval` must be 1 with engine="{self.engine}". Received: cache_interval={cache_interval}.'
-            )
+        check_cache_interval(self.engine, cache_interval)
         tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
         negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 

@@ -10,7 +10,7 @@ from benchmarks import report, weights, worker
 from benchmarks.__main__ import read_options
 from benchmarks.cases import SIZES, Case, make_cases
 from benchmarks.measure import difference
-from benchmarks.systems import SYSTEMS, Job, Measured, Unavailable
+from benchmarks.systems import SYSTEMS, Job, Measured
 from benchmarks.workers import Pool, WorkerFailed, interleaved
 
 
@@ -251,13 +251,3 @@ def test_failing_system_does_not_end_the_run(tiny, monkeypatch):
     kept = json.loads(Path(options.output).read_text())
     assert kept["errors"] == [{"system": "latentdiff", "case": "text float32", "error": "RuntimeError: no"}]
     assert kept["runs"] == [] and "processor" in kept["machine"]
-
-
-def test_engine_that_is_not_there_is_left_out(tiny, monkeypatch):
-    import latentdiff
-
-    monkeypatch.setattr(latentdiff, "TextToImage", type("Old", (), {"from_preset": lambda preset, dtype: None}))
-    from benchmarks.systems import ours
-
-    with pytest.raises(Unavailable, match="openvino"):
-        ours.Asker(job(tiny, Case("unet", "float32", 16)), engine="openvino")

@@ -30,7 +30,8 @@ def other_pipe(tiny_pipe):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "check_engine", lambda *_: None)
         patch.setattr(pipeline, "OpenvinoNetwork", OtherNetwork)
-        yield ld.TextToImage(tiny_pipe.parts, engine="openvino")
+        pipe = ld.TextToImage(tiny_pipe.parts, engine="openvino")
+    return pipe
 
 
 @pytest.mark.parametrize(
@@ -75,5 +76,5 @@ def test_openvino_takes_networks_of_tensorflow_alone(monkeypatch):
 
 
 def test_deep_features_are_kerass_alone(other_pipe):
-    with pytest.raises(ValueError, match='`cache_interval` must be 1 with engine="openvino". Received: .*=2.'):
+    with pytest.raises(ValueError, match='`cache_interval` must be 1 with engine="openvino". Received: 2.'):
         other_pipe.generate(**ARGUMENTS, cache_interval=2)

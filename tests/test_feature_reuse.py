@@ -21,6 +21,7 @@ FOUR_LEVELS = {**tiny_models.UNET, "channels": (4, 4, 8, 8), "attention": (True,
 UNETS = {
     "two_levels": (tiny_models.UNET, "float32"),
     "four_levels": (FOUR_LEVELS, "float32"),
+    "plain_outermost": ({**tiny_models.UNET, "attention": (False, True)}, "float32"),
     "bfloat16": (tiny_models.UNET, "bfloat16"),
 }
 

@@ -24,10 +24,6 @@ class Measured:
         return self.call()
 
 
-class Unavailable(Exception):
-    """A system cannot do what is asked, for a reason that is no fault; the run goes on without it."""
-
-
 @dataclass(frozen=True)
 class Job:
     """What a worker is told.
@@ -52,6 +48,16 @@ class Job:
     num_steps: int
     seconds: float
 
+    @property
+    def files(self) -> Path:
+        """Where the system keeps what it makes of the model first."""
+        return files_of(self.system, self.size, self.work)
+
+
+def files_of(system: str, size: str, work: Path) -> Path:
+    """The folder of what a system makes of a model of that size."""
+    return work / f"{size}-{SYSTEMS[system].module}"
+
 
 @dataclass(frozen=True)
 class System:
@@ -63,7 +69,7 @@ class System:
         packages: that must be installed.
         tasks: of `cases.TASKS`.
         sizes: of `cases.SIZES`.
-        prepares: whether it makes files of the model first, in a folder of the module's name.
+        prepares: whether it makes files of the model first, in `Job.files`.
         peak: of its process, over that of the plainest.
     """
 

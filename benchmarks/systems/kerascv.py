@@ -37,7 +37,7 @@ class Asker:
     """
 
     def __init__(self, job: Job, xla: bool):
-        self.job, self.xla, self.files = job, xla, job.work / Path(__file__).stem
+        self.job, self.xla, self.files = job, xla, job.files
         keras.config.set_dtype_policy("mixed_bfloat16" if job.case.dtype == "bfloat16" else job.case.dtype)
 
     def prepare(self) -> None:

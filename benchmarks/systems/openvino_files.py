@@ -23,7 +23,7 @@ class Asker:
     """See `systems.System`."""
 
     def __init__(self, job: Job):
-        self.job, self.files = job, job.work / Path(__file__).stem
+        self.job, self.files = job, job.files
         self.core = openvino.Core()
         self.hints = {
             "INFERENCE_PRECISION_HINT": HINTS[job.case.dtype],

@@ -67,5 +67,5 @@ def test_networks_are_converted_once_compiled_for_each_size_and_leave_no_file(ti
 def test_bfloat16_network_is_told_the_timestep_in_full(tiny_directory, tiny_pipe):
     """At 951 and at 952, which are one number in bfloat16, the tiny UNet's outputs are nine percent apart."""
     pipe = ld.TextToImage.from_preset(tiny_directory, dtype="bfloat16", engine="openvino")
-    expected = tiny_pipe.generate(**ARGUMENTS, output="latent")
-    assert relative_error(pipe.generate(**ARGUMENTS, output="latent"), expected) < 0.05
+    arguments = {**ARGUMENTS, "num_steps": 20, "output": "latent"}  # of which one is 951
+    assert relative_error(pipe.generate(**arguments), tiny_pipe.generate(**arguments)) < 0.05
