@@ -31,9 +31,10 @@ PINNED := requirements.txt pyproject.toml
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
-# The same tests run on JAX, less those that touch no array and that of the benchmarks, which measure TensorFlow.
+# The same tests run on JAX, less those that touch no array, that of the benchmarks, which measure TensorFlow, and that of
+# the command that trains, whose trainings and runs have tests of their own.
 NO_ARRAYS := architecture benchmarks cli cli_export data data_images data_order emoji_recipe evaluation \
-	export_tokenizer hub mutated_files packaging pictures
+	export_tokenizer hub mutated_files packaging pictures train_command
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 # A process for each core, since tracing and compiling keep to one; a file's tests stay together and share what they build.
