@@ -7,10 +7,6 @@ Needs `pip install tensorflow-serving-api`. What is left out takes the defaults 
 import argparse
 import pathlib
 
-import grpc
-import tensorflow as tf
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompt")
 parser.add_argument("--server", default="localhost:8500")
@@ -20,6 +16,10 @@ parser.add_argument("--seed", type=int, help="default: a fresh one")
 parser.add_argument("--num-steps", type=int)
 parser.add_argument("--guidance-scale", type=float)
 options = parser.parse_args()
+
+import grpc  # noqa: E402  # after --help, which needs none of them
+import tensorflow as tf  # noqa: E402
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc  # noqa: E402
 
 request = predict_pb2.PredictRequest()
 request.model_spec.name, request.model_spec.signature_name = options.model, "generate"

@@ -1,6 +1,7 @@
 """`latentdiff train`: each kind from pictures to a model directory, gone on with, rehearsed, and refused when wrong."""
 
 import csv
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -203,3 +204,20 @@ def test_bad_configurations_are_told(text, message, tmp_path):
 def test_configuration_of_a_run_is_kept(autoencoder):
     kept = json.loads((autoencoder / "config.json").read_text())
     assert kept["channels"] == [4, 8] and kept["batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        (["train", "diffusion", "--output", "run"], "grain", "data"),
+        (["evaluate", "emoji", "--data", "toy", "--output", "report"], "grain", "data"),
+        (["evaluate", "emoji", "--data", "toy", "--output", "report"], "matplotlib", "evaluate"),
+    ],
+)
+def test_missing_extra_is_told_before_anything_is_read(command, package, extra, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    assert f'This needs {package}: pip install "latentdiff[{extra}]".' in capsys.readouterr().err
