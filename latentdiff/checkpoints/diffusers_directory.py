@@ -34,7 +34,7 @@ class DiffusersDirectory:
         open_weights: WeightsOpener = open_weights,
     ):
         if not path.is_dir():
-            raise FileNotFoundError(f"There is no model directory `{path}`.")
+            raise FileNotFoundError(f"There is no model directory or file `{path}`.")
         if ema:
             raise CheckpointError(
                 "`ema` chooses between the two kinds of weights that one file may hold. A diffusers directory has one"
