@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.workers import interleaved
 
 PROMPTS = (
     "a red heart, noto style",
@@ -91,10 +92,9 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, np.n
 
     found, runs = machine.describe(), []
     pictures = {way: generate(way) for way in ways}  # the first call is traced
-    for repetition in range(options.repetitions):
-        for way in list(ways) if repetition % 2 == 0 else list(ways)[::-1]:
-            _, seconds = machine.timed(lambda way=way: generate(way))
-            runs.append({"repetition": repetition, "way": way, **seconds})
+    for repetition, way in interleaved(list(ways), options.repetitions):
+        _, seconds = machine.timed(lambda way=way: generate(way))
+        runs.append({"repetition": repetition, "way": way, **seconds})
     result = {
         "machine": found,
         "load_average_after": machine.describe()["load_average"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 import tempfile
 import typing
@@ -13,6 +12,7 @@ from pathlib import Path
 from latentdiff.arguments import number, whole
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints.sources import open_source
+from latentdiff.extras import require
 from latentdiff.training_config import KINDS, field_types, read_config
 
 _TRAIN_EXAMPLES = """examples:
@@ -72,7 +72,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _needs({"grain": "data", "matplotlib": "evaluate"})
+    require("This", ["grain"], "data")
+    require("This", ["matplotlib"], "evaluate")
     if options.output.exists() and any(options.output.iterdir()):
         raise FileExistsError(f"A report's directory must be new. Received: {options.output}.")
     prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
@@ -100,13 +101,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(options.output / "report.md")
 
 
-def _needs(extras: dict[str, str]) -> None:
-    """Raises ImportError where a package is missing; `extras` names the extra that brings each."""
-    for package, extra in extras.items():
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f'This needs {package}: pip install "latentdiff[{extra}]".')
-
-
 def _option(type_) -> dict:
     """An option's arguments, for a value of the configuration; absent options are None."""
     if typing.get_origin(type_) is list:
@@ -124,7 +118,7 @@ def _boolean(text: str) -> bool:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _needs({"grain": "data"})
+    require("This", ["grain"], "data")
     known = field_types(options.kind)
     given = {name: value for name in known if (value := getattr(options, name)) is not None}
     config = read_config(options.kind, options.config, given)

@@ -7,11 +7,12 @@ but before it, handing it the prediction. All else is the pipeline's own.
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from latentdiff.extras import require
 
 if TYPE_CHECKING:
     import keras
@@ -38,8 +39,7 @@ def check_engine(engine: str, backend: str | None = None) -> None:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}. Received: engine={engine!r}.")
     if engine == "keras":
         return
-    if importlib.util.find_spec("openvino") is None:
-        raise ImportError('engine="openvino" needs openvino: pip install "latentdiff[openvino]".')
+    require('engine="openvino"', ["openvino"], "openvino")
     if backend not in (None, "tensorflow"):
         raise ValueError(f'engine="openvino" needs KERAS_BACKEND=tensorflow. Received: {backend}.')
 

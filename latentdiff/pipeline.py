@@ -50,7 +50,7 @@ class TextToImage:
         self.settings = parts.settings
         self.schedule = presets.make_schedule(parts.settings)
         if engine == "openvino":
-            self._encode = OpenvinoNetwork(lambda: presets.in_float32(self.text_encoder), self.dtype)
+            self._encode = OpenvinoNetwork(lambda: presets.in_policy(self.text_encoder, "float32"), self.dtype)
             self._predict = OpenvinoNetwork(self._unet_after_embedding, self.dtype)
             self._decode = OpenvinoNetwork(self._image_network, self.dtype)
         else:
@@ -274,13 +274,13 @@ class TextToImage:
         return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
 
     def _unet_after_embedding(self) -> keras.Model:
-        unet = presets.in_float32(self.unet)
+        unet = presets.in_policy(self.unet, "float32")
         embedding = unet.get_layer("timestep_embedding").output
         return keras.Model([unet.input["latent"], embedding, unet.input["context"]], unet.output)
 
     def _image_network(self) -> keras.Model:
         latent = keras.Input((None, None, self.autoencoder.latent_channels), name="latent")
-        return keras.Model(latent, _grey_levels(presets.in_float32(self.autoencoder).decode(latent)))
+        return keras.Model(latent, _grey_levels(presets.in_policy(self.autoencoder, "float32").decode(latent)))
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)

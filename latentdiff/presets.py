@@ -302,13 +302,12 @@ def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> ke
     return network
 
 
-def in_float32(network: Any) -> Any:
-    """A network of this package that computes in float32: itself, or a copy."""
+def in_policy(network: Any, policy: str) -> Any:
+    """A network of this package with the same weights, computing in another dtype policy: itself, or a copy."""
     config = network.get_config()
-    if config["dtype"] == "float32":
+    if config["dtype"] == policy:
         return network
     with blank_weights():
-        copy = type(network)(**{**config, "dtype": "float32"})
-    for variable, other in zip(copy.variables, network.variables, strict=True):
-        assign(variable, to_numpy(other).astype("float32"))
+        copy = type(network)(**{**config, "dtype": policy})
+    copy.set_weights([to_numpy(variable).astype("float32") for variable in network.weights])
     return copy

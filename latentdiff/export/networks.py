@@ -10,7 +10,6 @@ The tokenizer and the sampler's loop stay with whoever runs them.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from latentdiff.checkpoints.files import replaced_directory
 from latentdiff.engine import signature_of, to_openvino
+from latentdiff.extras import require
 from latentdiff.pipeline import TextToImage
 
 FORMATS = {"onnx": (".onnx", ("tf2onnx", "onnx")), "openvino": (".xml", ("openvino",))}
@@ -91,9 +91,7 @@ def check_format(format: str) -> str:
     if keras.backend.backend() != "tensorflow":
         raise ValueError(f"An export needs KERAS_BACKEND=tensorflow. Received: {keras.backend.backend()}.")
     suffix, packages = FORMATS[format]
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f'format="{format}" needs {" and ".join(missing)}: pip install "latentdiff[{format}]".')
+    require(f'format="{format}"', packages, format)
     return suffix
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import fit_compilation, to_numpy
+from latentdiff.backend import fit_compilation
 from latentdiff.data import CaptionedImages, Index, Steps, index_source, make_buckets, to_tf_dataset
 from latentdiff.data.draws import uniform
 from latentdiff.training.devices import distributed, join_hosts, rows_here
@@ -196,15 +196,6 @@ def part_here(config: Config) -> tuple[int, int]:
     rows = rows_here(config.batch_size)
     length = rows.stop - rows.start
     return rows.start // length, config.batch_size // length
-
-
-def in_policy(network: Any, policy: str) -> Any:
-    """The network with the same weights, computing in another dtype policy."""
-    if policy == "float32":
-        return network
-    copy = type(network)(**network.config, dtype=policy)
-    copy.set_weights([to_numpy(variable) for variable in network.weights])
-    return copy
 
 
 @contextlib.contextmanager

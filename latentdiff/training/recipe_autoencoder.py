@@ -9,10 +9,10 @@ import numpy as np
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.presets import HeldArrays
+from latentdiff.presets import HeldArrays, in_policy
 from latentdiff.training.autoencoder import AutoencoderTraining
 from latentdiff.training.discriminator import PatchDiscriminator
-from latentdiff.training.recipe import Recipe, buckets_of, image_batches, in_policy, index_of, validation_batches
+from latentdiff.training.recipe import Recipe, buckets_of, image_batches, index_of, validation_batches
 from latentdiff.training_config import AutoencoderConfig
 
 SHOWN = 8  # pictures of a sample

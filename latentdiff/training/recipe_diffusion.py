@@ -19,7 +19,7 @@ from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage
 from latentdiff.training.diffusion import DiffusionTraining
-from latentdiff.training.recipe import Recipe, buckets_of, in_policy, index_of, part_here
+from latentdiff.training.recipe import Recipe, buckets_of, index_of, part_here
 from latentdiff.training.recipe_clip import new_text_encoder, tokenizer_of
 from latentdiff.training_config import DiffusionConfig
 
@@ -134,13 +134,15 @@ def _parts(config: DiffusionConfig) -> presets.Parts:
         start = presets.load_pipeline(config.start, dtype="float32")
         return replace(
             start,
-            text_encoder=in_policy(start.text_encoder, config.dtype),
-            unet=in_policy(start.unet, config.dtype),
+            text_encoder=presets.in_policy(start.text_encoder, config.dtype),
+            unet=presets.in_policy(start.unet, config.dtype),
         )
     autoencoder = Autoencoder.from_preset(config.autoencoder, dtype="float32")
     tokenizer = tokenizer_of(config.tokenizer or config.text_encoder)
     if config.text_encoder:
-        text_encoder = in_policy(CLIPTextEncoder.from_preset(config.text_encoder, dtype="float32"), config.dtype)
+        text_encoder = presets.in_policy(
+            CLIPTextEncoder.from_preset(config.text_encoder, dtype="float32"), config.dtype
+        )
     else:
         text_encoder = new_text_encoder(config, tokenizer)
     unet = UNet(
