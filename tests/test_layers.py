@@ -8,11 +8,13 @@ import pytest
 from keras import ops
 from tiny_models import numbers, randomize, relative_error, run, to_numpy
 
+from latentdiff.backend import has_gpu
 from latentdiff.models import layers
 from latentdiff.models.layers import (
     AttentionBlock,
     ClassToken,
     CLIPLayer,
+    Conv,
     Downsample,
     GroupNorm,
     PositionEmbedding,
@@ -187,6 +189,36 @@ def test_downsample_pads_where_it_says(padding, pads, size):
     expected = convolved(x, weights["conv/kernel"], weights["conv/bias"], pads, stride=2)
     np.testing.assert_allclose(to_numpy(out), expected, atol=1e-5)
     assert layer.compute_output_shape(x.shape) == expected.shape
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 5), (None, None)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_convolution_is_that_of_keras_however_it_is_computed(kernel, size, dtype):
+    x = numbers(2, *(n or 4 for n in size), 3)
+    settings = {"padding": "same", "dtype": dtype, "bias_initializer": "normal"}
+    inputs = keras.Input((*size, 3), dtype=dtype)
+    ours, theirs = Conv(16, kernel, **settings), keras.layers.Conv2D(16, kernel, **settings)
+    model = keras.Model(inputs, [ours(inputs), theirs(inputs)])
+    for variable, other in zip(theirs.variables, ours.variables, strict=True):
+        variable.assign(other.value)
+    out, expected = (to_numpy(ops.cast(y, "float32")) for y in run(model, x))
+    assert out.shape == expected.shape == (*x.shape[:3], 16)
+    np.testing.assert_allclose(out, expected, atol=1e-5 if dtype == "float32" else 3e-2)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow" or has_gpu(), reason="a choice for oneDNN")
+@pytest.mark.parametrize(
+    ("kernel", "size", "kind"),
+    [(3, (2, 4), "MatMul"), (3, (3, 3), "Conv2D"), (3, (None, None), "Conv2D"), (1, (9, 9), "MatMul")],
+)
+def test_a_convolution_is_a_product_where_its_kernel_outweighs_the_positions(kernel, size, kind):
+    import tensorflow as tf
+
+    layer = Conv(16, kernel, padding="same")
+    layer.build((2, *size, 3))
+    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((2, *size, 3))).graph
+    assert [op.type for op in graph.get_operations() if op.type in ("MatMul", "Conv2D")] == [kind]
 
 
 def test_upsample_doubles_each_position():

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
+from latentdiff.backend import has_gpu
+
 register = keras.saving.register_keras_serializable(package="latentdiff")
 
 QUERY_CHUNK = 512  # queries attended to at once when there are more than twice as many; scores stay in cache
@@ -47,11 +49,46 @@ def dense(units: int, name: str, dtype=None, use_bias: bool = True, zero: bool =
     )
 
 
-def conv(channels: int, size: int, name: str, dtype=None, zero: bool = False) -> keras.layers.Conv2D:
+@register
+class Conv(keras.layers.Conv2D):
+    """Keras' convolution, of stride 1, that keeps the size; on a CPU a product of matrices where that is faster.
+
+    oneDNN turns a kernel into a layout of its own at every call. That takes longer than the convolution itself where
+    the array has few positions for the kernel's size. A product takes the kernel as it lies: it wins there, and
+    wherever a kernel is 1 x 1.
+    """
+
+    def call(self, inputs):
+        """inputs: (B, H, W, C) -> (B, H, W, filters)."""
+        if not self._multiplies(inputs.shape):
+            return super().call(inputs)
+        size, _, channels, units = self.kernel.shape
+        rows = ops.reshape(patches_of(inputs, size), (-1, size * size * channels))
+        rows = ops.add(ops.matmul(rows, ops.reshape(self.kernel, (-1, units))), self.bias)  # (B H W, filters)
+        return ops.reshape(rows, (-1, *ops.shape(inputs)[1:-1], units))
+
+    def _multiplies(self, shape) -> bool:
+        if keras.backend.backend() != "tensorflow" or has_gpu():
+            return False
+        if self.kernel_size == (1, 1):
+            return True
+        batch, height, width, _ = shape
+        return height is not None and width is not None and (batch or 2) * height * width <= self.filters
+
+
+def patches_of(x, size: int):
+    """What each position of a convolution sees: (B, H, W, C) -> (B, H, W, size^2 C), rows first; zeros at the edges."""
+    if size == 1:
+        return x
+    _, height, width, _ = ops.shape(x)
+    edge = size // 2
+    x = ops.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+    return ops.concatenate([x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)], axis=-1)
+
+
+def conv(channels: int, size: int, name: str, dtype=None, zero: bool = False) -> Conv:
     """A convolution of stride 1 that keeps the size: (B, H, W, C) -> (B, H, W, channels)."""
-    return keras.layers.Conv2D(
-        channels, size, padding="same", kernel_initializer=kernel_initializer(zero), name=name, dtype=dtype
-    )
+    return Conv(channels, size, padding="same", kernel_initializer=kernel_initializer(zero), name=name, dtype=dtype)
 
 
 def check_groups(channels: int, groups: int) -> None:
