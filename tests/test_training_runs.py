@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interrupted_run
 import keras
 import numpy as np
 import pytest
@@ -34,17 +35,18 @@ def fit(directory, steps, disturb=lambda k: None, config=None, model=None, **arg
     return model, first
 
 
-def start(directory, *arguments):
-    command = [sys.executable, str(HERE / "interrupted_run.py"), str(directory), *arguments]
+def ended(directory, death):
+    """How the process of a run of twelve steps ends."""
+    command = [sys.executable, str(HERE / "interrupted_run.py"), str(directory), "12", death]
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True).returncode
 
 
 def test_killed_and_gone_on_is_a_run_that_was_never_stopped(tmp_path):
-    assert start(tmp_path / "whole", "12") == 0
     for death in ("batch:6", "writing:2"):
-        assert start(tmp_path / "killed", "12", death) == -signal.SIGKILL
-    assert start(tmp_path / "killed", "12") == 0
+        assert ended(tmp_path / "killed", death) == -signal.SIGKILL
+    for name in ("killed", "whole"):
+        interrupted_run.main(tmp_path / name, "12")
     losses, again = ((tmp_path / name / "losses.csv").read_bytes() for name in ("whole", "killed"))
     assert losses == again and len(losses.splitlines()) == 13
     whole, killed = (np.load(tmp_path / name / "checkpoints" / "step_00000012.npz") for name in ("whole", "killed"))
