@@ -32,8 +32,7 @@ def main(directory, steps, death=""):
             die()
         replace(source, target)
 
-    if place == "writing":
-        os.replace = dying_replace
+    os.replace = dying_replace
     optimizer = keras.optimizers.AdamW(1e-2)
     model = toy_training(run_eagerly=False, optimizer=optimizer, ema_decay=0.99)
     run = Run(directory, {"seed": 0}, int(steps), checkpoint_every=4, log_every=2)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import interrupted_run
 import keras
 import numpy as np
 import pytest
@@ -35,18 +34,17 @@ def fit(directory, steps, disturb=lambda k: None, config=None, model=None, **arg
     return model, first
 
 
-def ended(directory, death):
-    """How the process of a run of twelve steps ends."""
-    command = [sys.executable, str(HERE / "interrupted_run.py"), str(directory), "12", death]
+def start(directory, *arguments):
+    command = [sys.executable, str(HERE / "interrupted_run.py"), str(directory), *arguments]
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True).returncode
 
 
 def test_killed_and_gone_on_is_a_run_that_was_never_stopped(tmp_path):
+    assert start(tmp_path / "whole", "12") == 0
     for death in ("batch:6", "writing:2"):
-        assert ended(tmp_path / "killed", death) == -signal.SIGKILL
-    for name in ("killed", "whole"):
-        interrupted_run.main(tmp_path / name, "12")
+        assert start(tmp_path / "killed", "12", death) == -signal.SIGKILL
+    assert start(tmp_path / "killed", "12") == 0
     losses, again = ((tmp_path / name / "losses.csv").read_bytes() for name in ("whole", "killed"))
     assert losses == again and len(losses.splitlines()) == 13
     whole, killed = (np.load(tmp_path / name / "checkpoints" / "step_00000012.npz") for name in ("whole", "killed"))
