@@ -33,12 +33,13 @@ INSTALL := $(PIP) install --quiet --constraint requirements.txt
 
 # The same tests run on JAX, less those that touch no array, that of the benchmarks, which measure TensorFlow, and that of
 # the command that trains, whose trainings and runs have tests of their own.
-NO_ARRAYS := architecture benchmarks cli cli_export data data_images data_order emoji_recipe evaluation \
-	export_tokenizer hub mutated_files packaging pictures train_command
+NO_ARRAYS := architecture benchmarks cli cli_export data data_images data_order diffusers_directories \
+	diffusers_scheduler emoji_recipe evaluation export_tokenizer hub kerascv key_map mutated_files packaging pictures \
+	safetensors_files schedule tokenizer train_command
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
-# A process for each core, since tracing and compiling keep to one; a file's tests stay together and share what they build.
-PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15
+# A process for each core, since tracing and compiling keep to one; what shares models stays together (tests/conftest.py).
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --durations 15
 test-tensorflow test-jax peers serving: export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: run test test-tensorflow test-jax lint format peers bench serving wheel clean
@@ -85,7 +86,7 @@ wheel: $(VENV)/.run
 	rm -rf dist $(VENV_WHEEL)
 	$(VENV)/bin/python $(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(VENV_WHEEL)
-	$(VENV_WHEEL)/bin/python $(INSTALL) dist/latentdiff-*.whl
+	$(VENV_WHEEL)/bin/python $(INSTALL) --no-compile dist/latentdiff-*.whl
 	root="$$PWD"; empty="$$(mktemp -d)"; trap 'rm -rf "$$empty"' EXIT; cd "$$empty" \
 		&& "$$root/$(VENV_WHEEL)/bin/latentdiff" generate "a red heart, noto style" --num-steps 4 --seed 0 \
 		&& "$$root/$(VENV_WHEEL)/bin/latentdiff" generate --from out.png --output again.png \

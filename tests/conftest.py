@@ -5,6 +5,37 @@ import pytest
 # Before any test imports Keras: latentdiff decides how TensorFlow computes, which is read when that is first imported.
 import latentdiff  # noqa: F401
 
+# What takes longest, so that no process is left with it at the end; files of one group share `tiny_saved_model`.
+LONGEST = [
+    "test_export",
+    "test_serving",
+    "test_fine_tuning",
+    "test_parity",
+    "test_kerascv",
+    "test_openvino_engine",
+    "test_formats",
+    "test_pipeline",
+    "test_cli_export",
+    "test_devices",
+    "test_train_command",
+    "test_models",
+    "test_goldens",
+    "test_feature_reuse",
+    "test_training_runs",
+    "test_autoencoder_training",
+    "test_training_step",
+    "test_clip_training",
+]
+GROUPS = {"test_serving": "test_export"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Keeps a file's tests in one process, where there are several, and has the longest files begin."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.stem, item.path.stem)))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def tiny_pipe():

@@ -32,7 +32,7 @@ from latentdiff.training import (
 
 STEPS = 4
 SMALL_UNET = {**tiny_models.UNET, "channels": (8,), "attention": (True,), "heads": 2}
-SMALL_AUTOENCODER = {"channels": (4, 4), "blocks_per_level": 1, "groups": 2}
+SMALL_AUTOENCODER = {"channels": (4,), "blocks_per_level": 1, "groups": 2, "mid_attention": False}
 
 
 class PartOfToyBatches(ToyBatches):

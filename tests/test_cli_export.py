@@ -57,37 +57,44 @@ def test_every_argument_reaches_the_model(exported):
     assert "Numbers that nobody owns." in (exported / "assets.extra" / "README.md").read_text()
 
 
-@tensorflow_only
-def test_several_sizes_are_several_signatures_and_answer_by_default(exported):
-    import tensorflow as tf
+@pytest.fixture(scope="module")
+def served(exported):
+    """The version in a process of TensorFlow's C API."""
     from c_api import ServedModel
 
-    with ServedModel(exported) as served:
-        assert {"serving_default", "generate", "generate_4x8", "decode_4x8"} <= set(served.signatures)
-        for signature, shape in (("generate", (8, 12, 3)), ("generate_4x8", (4, 8, 3))):
-            (file,) = served.run(signature, {"prompt": ["a cat"]})["image_bytes"]
-            assert tf.io.decode_png(file).shape == shape
+    with ServedModel(exported) as model:
+        yield model
 
 
 @tensorflow_only
-def test_bfloat16_gives_pythons_pictures_within_its_bound(exported, tiny_directory):
+def test_several_sizes_are_several_signatures_and_answer_by_default(served):
+    import tensorflow as tf
+
+    assert {"serving_default", "generate", "generate_4x8", "decode_4x8"} <= set(served.signatures)
+    for signature, shape in (("generate", (8, 12, 3)), ("generate_4x8", (4, 8, 3))):
+        (file,) = served.run(signature, {"prompt": ["a cat"]})["image_bytes"]
+        assert tf.io.decode_png(file).shape == shape
+
+
+@tensorflow_only
+def test_bfloat16_gives_pythons_pictures_within_its_bound(served, tiny_directory):
     """Rows of one call, each against Python's bfloat16 picture that was made alone."""
     import tensorflow as tf
 
     from latentdiff.pipeline import TextToImage
 
     pipe = TextToImage.from_preset(tiny_directory, dtype="bfloat16")
-    generate = tf.saved_model.load(str(exported)).signatures["generate"]
     differences = []
     for sampler, scales in itertools.product(["euler", "ddim"], [[1.0] * 4, [1.0, 3.0, 5.0, 7.5]]):
-        files = generate(
-            prompt=tf.constant(["a cat"]),
-            negative_prompt=tf.constant(["a red dog"]),
-            seed=tf.constant([0, 1, 2, 3], tf.int64),
-            num_steps=tf.constant([1, 2, 4, 5]),
-            guidance_scale=tf.constant(scales),
-            sampler=tf.constant([sampler]),
-        )["image_bytes"].numpy()
+        inputs = {
+            "prompt": ["a cat"],
+            "negative_prompt": ["a red dog"],
+            "seed": np.array([0, 1, 2, 3]),
+            "num_steps": np.array([1, 2, 4, 5], "int32"),
+            "guidance_scale": np.array(scales, "float32"),
+            "sampler": [sampler],
+        }
+        files = served.run("generate", inputs)["image_bytes"]
         for file, seed, steps, scale in zip(files, range(4), [1, 2, 4, 5], scales, strict=True):
             chosen = {"num_steps": steps, "guidance_scale": scale, "seed": seed, "sampler": sampler}
             (image,) = pipe.generate("a cat", "a red dog", **chosen, progress=False)

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
-from tiny_models import numbers, parts
+from tiny_models import LATENT, numbers, relative_error
 
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.diffusion.samplers import SAMPLERS, make_table
@@ -245,30 +246,16 @@ def test_picture_of_another_size_or_format_is_refused_before_it_is_unpacked(load
         encode(image_bytes=tf.constant([right[:40]]))
 
 
-def test_graph_has_no_python_and_core_operations_alone(exported):
-    names = {node.op for node in nodes(exported)}
-    assert not [name for name in names if "PyFunc" in name or "Python" in name]
-    # In a process that imports TensorFlow alone, every operation that is known is TensorFlow's own.
-    code = "import sys, tensorflow as tf; from tensorflow.python.framework import op_def_registry as known; "
-    code += "print([name for name in sys.argv[1:] if known.get(name) is None])"
-    functions = {"StatefulPartitionedCall", "PartitionedCall"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *sorted(names | functions)], capture_output=True, text=True, check=True
-    )
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    saved = saved_model_pb2.SavedModel.FromString((exported / "saved_model.pb").read_bytes())
-    own = {function.signature.name for function in saved.meta_graphs[0].graph_def.library.function}
-    assert set(eval(done.stdout)) <= own
-
-
-def test_keras_and_latentdiff_are_not_needed(exported, generate, tmp_path):
-    """Another process, in which neither can be imported, answers every signature."""
+@pytest.fixture(scope="module")
+def without_keras(exported, tmp_path_factory):
+    """What another process says in which neither Keras nor latentdiff can be imported, and a picture that it made."""
     code = """
 import json, sys
 for name in ("keras", "latentdiff", "tf_keras"):
     sys.modules[name] = None
 import numpy as np, tensorflow as tf
+from tensorflow.python.framework import op_def_registry
+unknown = [name for name in sys.argv[3:] if op_def_registry.get(name) is None]
 signatures = tf.saved_model.load(sys.argv[1]).signatures
 one = lambda value, dtype: tf.constant([value], dtype)
 out = signatures["generate"](prompt=tf.constant(["a cat"]), negative_prompt=tf.constant([""]), seed=one(3, tf.int64),
@@ -279,18 +266,39 @@ latent = signatures["encode_image"](image_bytes=out["image_bytes"])["latent"]
 signatures["denoise"](latent=latent, timestep=one(9, tf.float32), context=text["context"])
 signatures["decode"](latent=latent)
 signatures["serving_default"](prompt=tf.constant(["a cat"]))
-print(json.dumps(sorted(signatures)))
+print(json.dumps({"signatures": list(signatures), "unknown": unknown}))
 """
-    file = tmp_path / "image.npy"
+    file = tmp_path_factory.mktemp("without_keras") / "image.npy"
     environment = {**os.environ, "PYTHONPATH": "", "TF_ENABLE_ONEDNN_OPTS": "1"}
+    operations = {"StatefulPartitionedCall", "PartitionedCall", *(node.op for node in nodes(exported))}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(exported), str(file)], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code, exported, file, *sorted(operations)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout), np.load(file)
+
+
+def test_graph_has_no_python_and_core_operations_alone(exported, without_keras):
+    names = {node.op for node in nodes(exported)}
+    assert not [name for name in names if "PyFunc" in name or "Python" in name]
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    saved = saved_model_pb2.SavedModel.FromString((exported / "saved_model.pb").read_bytes())
+    own = {function.signature.name for function in saved.meta_graphs[0].graph_def.library.function}
+    # In a process that imports TensorFlow alone, every operation that is known is TensorFlow's own.
+    assert set(without_keras[0]["unknown"]) <= own
+
+
+def test_keras_and_latentdiff_are_not_needed(without_keras, generate):
+    """Another process, in which neither can be imported, answers every signature."""
+    said, image = without_keras
     parts_of = {"generate", "decode", "encode_image", "denoise"}
     expected = {"serving_default", "encode_text", *parts_of, *(f"{name}_4x8" for name in parts_of)}
-    assert set(json.loads(done.stdout)) == expected
-    assert grey_levels(np.load(file)[None], generate(["a cat"], seed=[3])[0]) <= 1
+    assert set(said["signatures"]) == expected
+    assert grey_levels(image[None], generate(["a cat"], seed=[3])[0]) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -414,11 +422,16 @@ def test_warmup_requests_are_those_of_a_server(exported, loaded):
         assert signature(**given)["image_bytes"].shape == (1,)
 
 
-def test_command_line_tool_of_tensorflow_shows_every_signature(exported):
-    tool = [sys.executable, "-m", "tensorflow.python.tools.saved_model_cli", "show", "--dir", str(exported), "--all"]
-    done = subprocess.run(tool, capture_output=True, text=True, check=True)
+def test_command_line_tool_of_tensorflow_shows_every_signature(exported, capsys, monkeypatch):
+    from tensorflow.python.tools import saved_model_cli
+
+    monkeypatch.setattr(sys, "argv", ["saved_model_cli", "show", "--dir", str(exported), "--all"])
+    with pytest.raises(SystemExit) as exit:
+        saved_model_cli.main()
+    assert not exit.value.code
+    shown = capsys.readouterr().out
     for line in ("signature_def['generate']", "inputs['guidance_scale']", "shape: (-1)", "outputs['image_bytes']"):
-        assert line in done.stdout
+        assert line in shown
 
 
 def test_card_and_settings_say_what_was_exported(exported):
@@ -461,22 +474,16 @@ def test_version_that_is_there_stays(exported, tiny_pipe):
     assert (exported / "saved_model.pb").read_bytes() == before
 
 
-def test_samplers_that_clip_do_so_in_the_graph(tmp_path):
-    """Rows of a sampler that clips x0 and of one that does not, side by side."""
-    from dataclasses import replace
-
-    pipe = TextToImage(replace(parts(), settings=SamplerSettings(sampler="ddim", clip_range=0.5)))
-    export_saved_model(pipe, tmp_path / "1", samplers=["ddim", "euler"], max_steps=4, num_steps=4)
-    signature = tf.saved_model.load(str(tmp_path / "1")).signatures["generate"]
-    out = signature(
-        prompt=tf.constant(["a cat"]),
-        negative_prompt=tf.constant([""]),
-        seed=tf.constant([1], tf.int64),
-        num_steps=tf.constant([4]),
-        guidance_scale=tf.constant([1.0]),
-        sampler=tf.constant(["ddim", "euler"]),
-    )
-    images = decoded(out["image_bytes"])
-    for image, sampler in zip(images, ("ddim", "euler"), strict=True):
-        expected = pipe.generate("a cat", num_steps=4, guidance_scale=1, seed=1, sampler=sampler, progress=False)[0]
-        assert grey_levels(image, expected) <= 1
+def test_samplers_that_clip_do_so_beside_others(tiny_pipe):
+    """Rows of a sampler that clips x0 and of one that does not, in the loop that is exported."""
+    pipe = TextToImage(replace(tiny_pipe.parts, settings=SamplerSettings(sampler="ddim", clip_range=0.5)))
+    arrow = Arrow(pipe, make_book(pipe.settings, pipe.schedule, ["ddim", "euler"], 4))
+    context = arrow.encode(np.repeat(pipe.tokenizer(["a cat"]), 2, axis=0))
+    rows = {"sampler": [0, 1], "num_steps": [4, 4], "scale": [1.0, 1.0]}
+    rows = {name: tf.constant(values) for name, values in rows.items()}
+    latents = arrow.sample(context, context, tf.constant([1, 1], tf.int64), **rows, shape=LATENT)
+    chosen = {"num_steps": 4, "guidance_scale": 1, "seed": 1, "output": "latent", "progress": False}
+    for latent, sampler in zip(latents, ("ddim", "euler"), strict=True):
+        assert relative_error(latent, pipe.generate("a cat", sampler=sampler, **chosen)[0]) < 1e-4
+    unclipped = tiny_pipe.generate("a cat", sampler="ddim", **chosen)[0]
+    assert relative_error(latents[0], unclipped) > 1e-2
