@@ -191,13 +191,13 @@ def test_downsample_pads_where_it_says(padding, pads, size):
     assert layer.compute_output_shape(x.shape) == expected.shape
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("kernel", "channels"), [(1, 3), (3, 3), (3, 512)])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 5), (None, None)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_convolution_is_that_of_keras_however_it_is_computed(kernel, size, dtype):
-    x = numbers(2, *(n or 4 for n in size), 3)
+def test_a_convolution_is_that_of_keras_however_it_is_computed(kernel, channels, size, dtype):
+    x = numbers(2, *(n or 4 for n in size), channels)
     settings = {"padding": "same", "dtype": dtype, "bias_initializer": "normal"}
-    inputs = keras.Input((*size, 3), dtype=dtype)
+    inputs = keras.Input((*size, channels), dtype=dtype)
     ours, theirs = Conv(16, kernel, **settings), keras.layers.Conv2D(16, kernel, **settings)
     model = keras.Model(inputs, [ours(inputs), theirs(inputs)])
     for variable, other in zip(theirs.variables, ours.variables, strict=True):
@@ -209,16 +209,23 @@ def test_a_convolution_is_that_of_keras_however_it_is_computed(kernel, size, dty
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow" or has_gpu(), reason="a choice for oneDNN")
 @pytest.mark.parametrize(
-    ("kernel", "size", "kind"),
-    [(3, (2, 4), "MatMul"), (3, (3, 3), "Conv2D"), (3, (None, None), "Conv2D"), (1, (9, 9), "MatMul")],
+    ("kernel", "size", "channels", "kinds"),
+    [
+        (3, (2, 4), 3, ["MatMul"]),
+        (3, (3, 3), 3, ["Conv2D"]),
+        (3, (None, None), 3, ["Conv2D"]),
+        (3, (3, 3), 512, ["Conv2D", "Conv2D"]),
+        (1, (9, 9), 512, ["MatMul"]),
+        (1, (None, None), 512, ["Conv2D"]),
+    ],
 )
-def test_a_convolution_is_a_product_where_its_kernel_outweighs_the_positions(kernel, size, kind):
+def test_a_convolution_is_computed_as_is_fastest_on_a_cpu(kernel, size, channels, kinds):
     import tensorflow as tf
 
     layer = Conv(16, kernel, padding="same")
-    layer.build((2, *size, 3))
-    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((2, *size, 3))).graph
-    assert [op.type for op in graph.get_operations() if op.type in ("MatMul", "Conv2D")] == [kind]
+    layer.build((2, *size, channels))
+    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((2, *size, channels))).graph
+    assert [op.type for op in graph.get_operations() if op.type in ("MatMul", "Conv2D")] == kinds
 
 
 def test_upsample_doubles_each_position():
