@@ -40,7 +40,7 @@ from latentdiff.models.unet import UNet
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 _PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
-READERS = 4  # threads that turn a file's tensors to our layout
+READERS = 2  # threads that turn a file's tensors to our layout
 SAMPLE_SIZE = 64  # latents of models whose files do not say: Stable Diffusion's
 
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {

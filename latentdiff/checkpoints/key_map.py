@@ -233,7 +233,8 @@ def _from_half(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     half = np.ascontiguousarray(array)
     sign = half.view(np.uint16).astype(f"u{dtype.itemsize}")
     magnitude = sign & 0x7FFF  # five bits of exponent, ten of the significand
-    odd = magnitude - 0x0400 >= 0x7800  # below the normal numbers, where this wraps around, or above them
+    # Below the normal numbers, where the difference wraps around, or above them.
+    odd = np.flatnonzero(magnitude - 0x0400 >= 0x7800)
     sign ^= magnitude
     if dtype.itemsize == 4:  # eight bits and 23
         sign <<= 16
@@ -245,7 +246,7 @@ def _from_half(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         magnitude += (127 - 15) << 7
     magnitude |= sign
     result = magnitude.view(dtype)
-    result[odd] = half[odd].astype(dtype)
+    result.reshape(-1)[odd] = half.reshape(-1)[odd].astype(dtype)
     return result
 
 
