@@ -311,29 +311,39 @@ def psnr_and_ssim(images: np.ndarray, others: np.ndarray) -> tuple[float, float]
     return float(np.mean(psnr)), float(np.mean(ssim))
 
 
-def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> None:
-    """Gives a variable the numbers of an array; a large one in slices, where TensorFlow would copy it twice on the way.
+def unwritten(shape: Sequence[int], dtype: str) -> Any:
+    """A tensor that says nothing yet, for a variable that is assigned before it is read.
+
+    On TensorFlow its memory is not written, so that a system such as Linux finds none for it; elsewhere it is zero.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.zeros(shape, dtype)
+    import tensorflow as tf
+
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=False)
+
+
+def assign(variable: keras.Variable, array: np.ndarray) -> None:
+    """Gives a variable the numbers of an array, and on a CPU the very memory, where that begins at a multiple of 64.
 
     Args:
         variable: of any shape.
-        array: of the same shape and dtype.
-        size: bytes from which an array is large; slices have a quarter. They take three times as long as all at once.
+        array: of the same shape and dtype; the caller may not change it afterwards.
     """
-    if keras.backend.backend() != "tensorflow" or array.nbytes < size or array.ndim < 2:
-        variable.assign(array)
-        return
-    import tensorflow as tf
+    variable.assign(_adopted(array))
 
-    if tf.distribute.has_strategy():
-        variable.assign(array)
-        return
-    rows = max(1, size // 4 // (array.nbytes // len(array)))
-    for begin in range(0, len(array), rows):
-        part = array[begin : begin + rows]
-        # Not `variable.value[...].assign`, which reads the variable, and so has all of it copied before it changes.
-        tf.raw_ops.ResourceStridedSliceAssign(
-            ref=variable.value.handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
-        )
+
+def _adopted(array: np.ndarray) -> Any:
+    """An array as a tensor, without a copy where the backend can do without."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.raw_ops.Identity(input=array)  # `tf.constant` copies
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.device_put(array)  # `jax.numpy.asarray` copies
+    return array
 
 
 def keep_freed_memory() -> bool:

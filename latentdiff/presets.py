@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +40,7 @@ from latentdiff.models.unet import UNet
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 _PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
+READERS = 2  # threads that turn a file's tensors to our layout
 SAMPLE_SIZE = 64  # latents of models whose files do not say: Stable Diffusion's
 
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {
@@ -297,9 +300,21 @@ def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> ke
     if variables.keys() != component.weights.keys():
         differing = sorted(variables.keys() ^ component.weights.keys())
         raise ValueError(f"Every variable must have one array in the file. These do not: {', '.join(differing)}.")
-    for path, variable in variables.items():
-        assign(variable, component.weights[path])
+    for variable, array in zip(variables.values(), _read(component.weights, list(variables)), strict=True):
+        assign(variable, array)
     return network
+
+
+def _read(weights: Mapping[str, np.ndarray], paths: list[str]) -> Iterator[np.ndarray]:
+    """The arrays of some paths, in their order, of which a few are made at a time and no more are held."""
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead = deque(pool.submit(weights.__getitem__, path) for path in paths[:READERS])
+        for path in paths[READERS:]:
+            array = ahead.popleft().result()
+            ahead.append(pool.submit(weights.__getitem__, path))
+            yield array
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def in_policy(network: Any, policy: str) -> Any:

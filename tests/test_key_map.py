@@ -189,6 +189,32 @@ def test_casting_rounds_as_numpy_does(stored, target):
     assert np.array_equal(result, values.astype(as_dtype(target)))
 
 
+@pytest.mark.parametrize("target", ["float32", "bfloat16"])
+def test_every_half_becomes_what_numpy_makes_of_it(target):
+    halves = np.arange(2**16, dtype="uint16").view(np.float16)
+    finite = halves[np.isfinite(halves)]
+    result = cast(finite, as_dtype(target), "x")
+    assert len(result) == 63488
+    bits = f"u{result.itemsize}"
+    assert np.array_equal(result.view(bits), finite.astype(as_dtype(target)).view(bits))
+    for one in halves[~np.isfinite(halves)]:
+        with pytest.raises(CheckpointError, match="NaN or infinity in x"):
+            cast(np.array([[1, one]]), as_dtype(target), "x")
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [("same", (5,)), ("dense", (2400, 130)), ("dense", (7, 5)), ("conv", (3, 3, 300, 130)), ("conv", (1, 1, 7, 5))],
+)
+def test_arrays_begin_where_frameworks_take_them_over(layout, shape):
+    entry = Entry("x", ("x",), layout, shape)
+    foreign = np.arange(np.prod(shape)).reshape(entry.foreign_shape).astype("float32")
+    array = entry.from_foreign(foreign)
+    assert array.ctypes.data % 64 == 0 and array.flags.writeable
+    axes = {"same": (0,), "dense": (1, 0), "conv": (2, 3, 1, 0)}[layout]
+    assert np.array_equal(array, foreign.transpose(axes))
+
+
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("target", ["float16", "bfloat16", "float32"])

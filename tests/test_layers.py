@@ -1,6 +1,8 @@
 """The networks' blocks against NumPy."""
 
 import math
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -25,6 +27,7 @@ from latentdiff.models.layers import (
     Upsample,
     attend,
     blank_weights,
+    dense,
     timestep_embedding,
 )
 
@@ -391,9 +394,24 @@ def test_layer_is_made_again_from_its_config(layer):
 
 def test_blank_weights_are_a_scope():
     with blank_weights():
-        blank = ResnetBlock(4, 2, name="blank")
-        blank.build((1, 2, 2, 4))
-    drawn = ResnetBlock(4, 2, name="drawn")
-    drawn.build((1, 2, 2, 4))
-    assert not to_numpy(blank.conv_1.kernel).any()
-    assert to_numpy(drawn.conv_1.kernel).all()
+        blank = dense(4, "blank")
+        blank.build((None, 4))
+    drawn = dense(4, "drawn")
+    drawn.build((None, 4))
+    assert to_numpy(drawn.kernel).all()
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(blank))
+    assert not to_numpy(again.kernel).any()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has memory that is not written")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux says what memory a process has")
+def test_blank_weights_take_no_memory():
+    def anonymous():
+        return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+
+    before = anonymous()
+    with blank_weights():
+        blank = dense(8192, "blank", "float32")
+        blank.build((None, 8192))
+    assert blank.kernel.shape == (8192, 8192)
+    assert anonymous() - before < 32  # MiB, of 256

@@ -1,5 +1,6 @@
 """The three networks: variables, configurations, files, sizes."""
 
+import math
 import random
 
 import keras
@@ -189,11 +190,12 @@ def test_keras_keeps_a_network_that_was_trained(kind, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(7, 5), (3, 2, 4, 6), (40,), (0, 3)])
-@pytest.mark.parametrize("size", [1, 100, 2**26])
-def test_variable_holds_what_it_is_assigned_in_slices_of_any_size(shape, dtype, size):
+@pytest.mark.parametrize("offset", [0, 1])
+def test_variable_holds_what_it_is_assigned_wherever_that_lies(shape, dtype, offset):
     variable = keras.Variable(initializer="ones", shape=shape, dtype=dtype)
-    value = numbers(*shape).astype(as_dtype(dtype))
-    assign(variable, value, size)
+    memory = numbers(math.prod(shape) + 1).astype(as_dtype(dtype))
+    value = memory[offset : offset + math.prod(shape)].reshape(shape)
+    assign(variable, value)
     assert variable.dtype == dtype
     np.testing.assert_array_equal(to_numpy(variable), value)
 
@@ -244,8 +246,8 @@ def test_blank_weights_draw_nothing(network_class, config):
     with blank_weights():
         network = network_class(**config)
     assert random.getstate() == before  # where Keras' initializers take their seeds from
-    named = {path: to_numpy(variable) for path, variable in named_variables(network)}
-    assert all((array == (1 if path.endswith("gamma") else 0)).all() for path, array in named.items())
+    vectors = {path: to_numpy(each) for path, each in named_variables(network) if len(each.shape) == 1}
+    assert all((array == (1 if path.endswith("gamma") else 0)).all() for path, array in vectors.items())
     network_class(**config)
     assert random.getstate() != before
 

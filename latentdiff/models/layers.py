@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
-from latentdiff.backend import has_gpu
+from latentdiff.backend import has_gpu, unwritten
 
 register = keras.saving.register_keras_serializable(package="latentdiff")
 
@@ -25,7 +25,7 @@ _blank = contextvars.ContextVar("blank", default=False)
 
 @contextlib.contextmanager
 def blank_weights() -> Iterator[None]:
-    """A scope in which layers start at zero: for networks whose weights are about to be loaded."""
+    """A scope in which no layer's start is drawn, or even written: for networks that are about to be loaded."""
     token = _blank.set(True)
     try:
         yield
@@ -33,14 +33,24 @@ def blank_weights() -> Iterator[None]:
         _blank.reset(token)
 
 
-def kernel_initializer(zero: bool = False) -> str:
-    """The name of the initializer for a kernel; `zero` marks the last layer of a residual branch."""
-    return "zeros" if zero or _blank.get() else "glorot_uniform"
+@register
+class Blank(keras.initializers.Zeros):
+    """Zeros; within `blank_weights` whatever the memory holds, since filling it takes a second for a gigabyte."""
+
+    def __call__(self, shape, dtype=None):
+        return unwritten(shape, dtype) if _blank.get() and dtype else super().__call__(shape, dtype)
 
 
-def embedding_initializer():
+def kernel_initializer(zero: bool = False) -> str | keras.Initializer:
+    """The initializer of a kernel; `zero` marks the last layer of a residual branch."""
+    if _blank.get():
+        return Blank()
+    return "zeros" if zero else "glorot_uniform"
+
+
+def embedding_initializer() -> keras.Initializer:
     """The initializer of token and position embeddings: CLIP's normal of standard deviation 0.02."""
-    return "zeros" if _blank.get() else keras.initializers.RandomNormal(stddev=0.02)
+    return Blank() if _blank.get() else keras.initializers.RandomNormal(stddev=0.02)
 
 
 def dense(units: int, name: str, dtype=None, use_bias: bool = True, zero: bool = False) -> keras.layers.Dense:
