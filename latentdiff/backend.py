@@ -52,7 +52,8 @@ class Compiled:
     def _tensorflow(self):
         import tensorflow as tf
 
-        return tf.function(self._traced, jit_compile=has_gpu(), autograph=False)
+        # Partial, since TensorFlow warns of what is traced often, and counts a method of several objects as one.
+        return tf.function(functools.partial(self._traced), jit_compile=has_gpu(), autograph=False)
 
     def _jax(self):
         import jax

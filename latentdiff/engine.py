@@ -50,6 +50,12 @@ def check_cache_interval(engine: str, cache_interval: int) -> None:
         raise ValueError(f'`cache_interval` must be 1 with engine="{engine}". Received: {cache_interval}.')
 
 
+def check_tiled(engine: str, tiled: bool | None) -> None:
+    """Raises ValueError where an engine that has the decoder whole alone is to decode in strips."""
+    if engine != "keras" and tiled:
+        raise ValueError(f'`tiled` must not be true with engine="{engine}". Received: {tiled}.')
+
+
 def to_openvino(network: keras.Model) -> Any:
     """A network as an `openvino.Model` with its inputs' names and order, one output, and a copy of its weights.
 

@@ -20,9 +20,12 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import normal
 from latentdiff.diffusion.samplers import SamplerTable, make_table, step
-from latentdiff.engine import OpenvinoNetwork, StepAfter, check_cache_interval, check_engine
+from latentdiff.engine import OpenvinoNetwork, StepAfter, check_cache_interval, check_engine, check_tiled
 from latentdiff.generate_arguments import check_choices, is_whole, read_noise, read_prompts, read_seeds
 from latentdiff.sampling_run import ProgressBar, SamplingRun
+from latentdiff.tiled_decoder import TiledDecoder
+
+WHOLE = 1024 * 1024  # pixels of all pictures of a batch up to which they are decoded whole
 
 
 class TextToImage:
@@ -57,6 +60,7 @@ class TextToImage:
             self._encode = Compiled(self.text_encoder, [self.text_encoder])
             self._predict = None
             self._decode = Compiled(self.image, [self.autoencoder])
+        self._decode_tiled = TiledDecoder(self.autoencoder)
         self._normal = Compiled(self._noise, [])
         self._features = Compiled(self._deep_features, [self.unet])
         self._steps: dict[tuple[bool, float | None, bool], Compiled | StepAfter] = {}
@@ -114,7 +118,8 @@ class TextToImage:
     @property
     def traces(self) -> int:
         """How often a function of this pipeline was traced so far; a second call like the first adds none."""
-        functions = (self._encode, self._predict, self._decode, self._normal, self._features, *self._steps.values())
+        functions = (self._encode, self._predict, self._decode, self._decode_tiled, self._normal, self._features)
+        functions = (*functions, *self._steps.values())
         return sum(function.traces for function in functions if function is not None)
 
     def generate(
@@ -135,6 +140,7 @@ class TextToImage:
         eta: float = 0.0,
         noise: Any = None,
         batch_size: int | None = None,
+        tiled: bool | None = None,
         progress: bool = True,
         callback: Callable[[int, np.ndarray], bool | None] | None = None,
         output: str = "image",
@@ -160,6 +166,8 @@ class TextToImage:
             noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise
                 of each of the sampler's R rows after it.
             batch_size: how many images are made at a time; None is all.
+            tiled: whether images are decoded one after the other in strips of rows, which takes less memory and gives
+                the same within one grey level; None is what has more than `WHOLE` pixels at a time. Not OpenVINO's.
             progress: whether a bar shows the steps.
             callback: is told the sampler's row, from 1 on, and the latent (b, h, w, c) float32 after it, of each part
                 of `batch_size` in turn. False ends the run there: that part is returned as it stands, and no later one.
@@ -178,14 +186,17 @@ class TextToImage:
         table = self._table(sampler, num_steps, eta)
         seeds = read_seeds(seed, total)
         noise = read_noise(noise, total, shape, table)
-        check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, output)
+        check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, tiled, output)
         check_cache_interval(self.engine, cache_interval)
+        check_tiled(self.engine, tiled)
         tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
         negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 
         clip = self.settings.with_sampler(table.sampler).clip
         size = min(batch_size or total, total)
         starts = range(0, total, size)
+        if tiled is None:
+            tiled = self.engine == "keras" and size * shape[0] * shape[1] * self.autoencoder.factor**2 > WHOLE
         bar = ProgressBar(table.num_rows * len(starts)) if progress else None
         made = []
         for start in starts:
@@ -194,7 +205,7 @@ class TextToImage:
             run.guide(guidance_scale, guidance_rescale, guidance_interval)
             run.encode(tokens[part], negative_tokens[part])
             latent, going = run.loop(bar, callback, cache_interval)
-            made.append(self._finished(latent, output))
+            made.append(self._finished(latent, output, tiled))
             if not going:
                 break
         return np.concatenate(made)
@@ -264,14 +275,16 @@ class TextToImage:
             sizes.append(int(pixels) // factor)
         return (*sizes, self.autoencoder.latent_channels)
 
-    def _finished(self, latent, output: str) -> np.ndarray:
+    def _finished(self, latent, output: str, tiled: bool) -> np.ndarray:
         latent = to_numpy(latent, "float32")
         if not np.isfinite(latent).all():
             raise ValueError(
                 "A latent must be finite. Received: NaN or infinity, of networks that compute in "
                 f'{self.dtype}. dtype="float32" has the widest range.'
             )
-        return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
+        if output == "latent":
+            return latent
+        return to_numpy(_grey_levels(self._decode_tiled(latent)) if tiled else self._decode(latent), "uint8")
 
     def _unet_after_embedding(self) -> keras.Model:
         unet = presets.in_policy(self.unet, "float32")

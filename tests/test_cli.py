@@ -96,6 +96,7 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
         "height": None,
         "width": None,
         "batch_size": None,
+        "tiled": None,
         "progress": True,
     }
 
@@ -103,7 +104,7 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
 def test_every_argument_reaches_the_pipeline(pipeline):
     command = """--preset emoji --num-images 2 --num-steps 25 --guidance-scale 5 --seed 3 --sampler dpmpp_2m --height 24
         --width 32 --batch-size 1 --dtype float32 --negative-prompt blue --no-progress --output x.png
-        --guidance-interval 0.5 inf --cache-interval 3"""
+        --guidance-interval 0.5 inf --cache-interval 3 --no-tiled"""
     assert cli.main(["generate", "a red heart", *command.split()]) == 0
     assert pipeline.presets == [("emoji", "float32")]
     assert pipeline.calls == [
@@ -121,6 +122,7 @@ def test_every_argument_reaches_the_pipeline(pipeline):
                 "height": 24,
                 "width": 32,
                 "batch_size": 1,
+                "tiled": False,
                 "progress": False,
             },
         )
