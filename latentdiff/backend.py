@@ -5,10 +5,11 @@ On a CPU a plain TensorFlow graph on oneDNN is fastest, on a GPU XLA; JAX compil
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -328,6 +329,9 @@ def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> No
     if tf.distribute.has_strategy():
         variable.assign(array)
         return
+    shape = tf.raw_ops.VariableShape(input=variable.value.handle)
+    if tuple(shape.numpy()) != array.shape:  # `release` has left nothing of it
+        variable.value.assign(tf.zeros(array.shape, variable.dtype))
     rows = max(1, size // 4 // (array.nbytes // len(array)))
     for begin in range(0, len(array), rows):
         part = array[begin : begin + rows]
@@ -335,6 +339,22 @@ def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> No
         tf.raw_ops.ResourceStridedSliceAssign(
             ref=variable.value.handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
         )
+
+
+def release(variables: Iterable[keras.Variable]) -> None:
+    """Takes away what variables hold, and gives the memory back; until it is assigned anew, none may be read.
+
+    They stay the same variables, so that a function which refers to them need not be traced again.
+    """
+    for variable in variables:
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=tf.zeros((), variable.dtype))
+        else:
+            variable._value = ops.zeros((), variable.dtype)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
