@@ -321,23 +321,26 @@ def assign(variable: keras.Variable, array: np.ndarray, size: int = 2**26) -> No
         array: of the same shape and dtype.
         size: bytes from which an array is large; slices have a quarter. They take three times as long as all at once.
     """
-    if keras.backend.backend() != "tensorflow" or array.nbytes < size or array.ndim < 2:
+    if keras.backend.backend() != "tensorflow":
         variable.assign(array)
         return
     import tensorflow as tf
 
-    if tf.distribute.has_strategy():
+    if tf.distribute.has_strategy() or isinstance(variable.value, tf.distribute.DistributedValues):
         variable.assign(array)
         return
-    shape = tf.raw_ops.VariableShape(input=variable.value.handle)
-    if tuple(shape.numpy()) != array.shape:  # `release` has left nothing of it
-        variable.value.assign(tf.zeros(array.shape, variable.dtype))
+    handle = variable.value.handle
+    if tuple(tf.raw_ops.VariableShape(input=handle).numpy()) != tuple(variable.shape):  # `release` has left nothing
+        tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros(variable.shape, variable.dtype))
+    if array.nbytes < size or array.ndim < 2:
+        variable.assign(array)
+        return
     rows = max(1, size // 4 // (array.nbytes // len(array)))
     for begin in range(0, len(array), rows):
         part = array[begin : begin + rows]
         # Not `variable.value[...].assign`, which reads the variable, and so has all of it copied before it changes.
         tf.raw_ops.ResourceStridedSliceAssign(
-            ref=variable.value.handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
+            ref=handle, begin=[begin], end=[begin + len(part)], strides=[1], value=part
         )
 
 
