@@ -30,7 +30,7 @@ from latentdiff.sampling_run import ProgressBar, SamplingRun
 from latentdiff.tiled_decoder import TiledDecoder
 from latentdiff.weights_on_demand import WeightsOnDemand
 
-WHOLE = 1024 * 1024  # pixels of all pictures of a batch up to which they are decoded whole
+WHOLE = 1024 * 1024  # pixels up to which a picture is decoded whole
 
 
 class TextToImage:
@@ -193,7 +193,7 @@ class TextToImage:
                 of each of the sampler's R rows after it.
             batch_size: how many images are made at a time; None is all.
             tiled: whether images are decoded one after the other in strips of rows, which takes less memory and gives
-                the same within one grey level; None is what has more than `WHOLE` pixels at a time. Not OpenVINO's.
+                the same, in float32 within one grey level; None is those of more than `WHOLE` pixels. Not OpenVINO's.
             progress: whether a bar shows the steps.
             callback: is told the sampler's row, from 1 on, and the latent (b, h, w, c) float32 after it, of each part
                 of `batch_size` in turn. False ends the run there: that part is returned as it stands, and no later one.
@@ -222,7 +222,7 @@ class TextToImage:
         size = min(batch_size or total, total)
         starts = range(0, total, size)
         if tiled is None:
-            tiled = self.engine == "keras" and size * shape[0] * shape[1] * self.parts.autoencoder.factor**2 > WHOLE
+            tiled = self.engine == "keras" and shape[0] * shape[1] * self.parts.autoencoder.factor**2 > WHOLE
         bar = ProgressBar(table.num_rows * len(starts)) if progress else None
 
         def encoded(start: int) -> SamplingRun:
@@ -244,8 +244,11 @@ class TextToImage:
                     latents.append(self._finished(latent))
                     if not going:
                         break
-            with self._weights.held("autoencoder") if output == "image" else contextlib.nullcontext():
-                made += [self._decoded(latent, tiled) for latent in latents] if output == "image" else latents
+            if output == "latent":
+                made += latents
+            else:
+                with self._weights.held("autoencoder"):
+                    made += [self._decoded(latent, tiled) for latent in latents]
             if not going:
                 break
         return np.concatenate(made)

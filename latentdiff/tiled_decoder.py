@@ -123,7 +123,7 @@ class _Convolution:
         statistics = () if self._norm is None else (x.statistics(self._norm),)
         before = x.arrays[0]
         rows = before.shape[1]
-        made, sums = [], 0
+        made, sums = [], np.zeros(())
         for i, this in enumerate(x.arrays):
             after = x.arrays[min(i + 1, len(x.arrays) - 1)]
             place = np.array([i * rows, x.height], "int32")

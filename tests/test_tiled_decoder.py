@@ -99,7 +99,7 @@ def test_pictures_in_strips_are_the_whole_ones(tiny_pipe):
     assert np.abs(tiled.astype(int) - tiny_pipe.generate(**arguments, tiled=False)).max() <= 1
 
 
-@pytest.mark.parametrize(("pixels", "expected"), [(2 * 8 * 12, "whole"), (2 * 8 * 12 - 1, "strips")])
+@pytest.mark.parametrize(("pixels", "expected"), [(8 * 12, "whole"), (8 * 12 - 1, "strips")])
 def test_strips_begin_beyond_so_many_pixels(pixels, expected, tiny_pipe, monkeypatch):
     used = []
     monkeypatch.setattr(pipeline, "WHOLE", pixels)
