@@ -78,7 +78,7 @@ def measure(sizes: list[int], root: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024], help="of a side; default: 512 1024")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1024], help="of a side; default: 1024")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"default: {RESULTS.name} in results/")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
