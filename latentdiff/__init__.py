@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from latentdiff.models.tokenizer import CLIPTokenizer
     from latentdiff.models.unet import UNet
     from latentdiff.pipeline import TextToImage
+    from latentdiff.tiled_decoder import TiledDecoder
 
 # TensorFlow leaves oneDNN off on processors without VNNI; there too a training step takes half the time with it. Read
 # when TensorFlow is first imported.
@@ -23,7 +24,16 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 __version__ = "0.1.0"
 
-__all__ = ["Autoencoder", "CLIPImageEncoder", "CLIPTextEncoder", "CLIPTokenizer", "TextToImage", "UNet", "__version__"]
+__all__ = [
+    "Autoencoder",
+    "CLIPImageEncoder",
+    "CLIPTextEncoder",
+    "CLIPTokenizer",
+    "TextToImage",
+    "TiledDecoder",
+    "UNet",
+    "__version__",
+]
 
 _MODULES = {
     "Autoencoder": "latentdiff.models.autoencoder",
@@ -31,6 +41,7 @@ _MODULES = {
     "CLIPTextEncoder": "latentdiff.models.text_encoder",
     "CLIPTokenizer": "latentdiff.models.tokenizer",
     "TextToImage": "latentdiff.pipeline",
+    "TiledDecoder": "latentdiff.tiled_decoder",
     "UNet": "latentdiff.models.unet",
 }
 

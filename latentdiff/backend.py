@@ -5,10 +5,11 @@ On a CPU a plain TensorFlow graph on oneDNN is fastest, on a GPU XLA; JAX compil
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -52,7 +53,8 @@ class Compiled:
     def _tensorflow(self):
         import tensorflow as tf
 
-        return tf.function(self._traced, jit_compile=has_gpu(), autograph=False)
+        # Partial, since TensorFlow warns of what is traced often, and counts a method of several objects as one.
+        return tf.function(functools.partial(self._traced), jit_compile=has_gpu(), autograph=False)
 
     def _jax(self):
         import jax
@@ -344,6 +346,22 @@ def _adopted(array: np.ndarray) -> Any:
 
         return jax.device_put(array)  # `jax.numpy.asarray` copies
     return array
+
+
+def release(variables: Iterable[keras.Variable]) -> None:
+    """Takes away what variables hold, and gives the memory back; until it is assigned anew, none may be read.
+
+    They stay the same variables, so that a function which refers to them need not be traced again.
+    """
+    for variable in variables:
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=tf.zeros((), variable.dtype))
+        else:
+            variable._value = ops.zeros((), variable.dtype)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:

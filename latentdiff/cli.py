@@ -20,7 +20,7 @@ from latentdiff.arguments import level, number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
-from latentdiff.engine import ENGINES, check_cache_interval, check_engine
+from latentdiff.engine import ENGINES, NETWORKS, check_cache_interval, check_engine, check_free, check_tiled
 
 if TYPE_CHECKING:
     from latentdiff.pictures import Settings
@@ -124,10 +124,12 @@ def _parser() -> _Parser:
     add("--height", type=whole(1), help="in pixels; default: the model's own")
     add("--width", type=whole(1), help="in pixels; default: the model's own")
     add("--batch-size", type=whole(1), help="pictures made at a time; default: all")
+    add("--tiled", action=argparse.BooleanOptionalAction, help="decode in strips; default: beyond 1024 x 1024 pixels")
     add("--dtype", choices=DTYPES, help="of the networks; default: chosen by the device")
     add("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a single file; default: no")
     add("--prediction", choices=tuple(PREDICTIONS.values()), help="what the UNet predicts, where no file says it")
     add("--engine", choices=ENGINES, help="what computes the networks: keras, or openvino, an extra; default: keras")
+    add("--free", nargs="+", choices=NETWORKS, default=(), help="networks that are in memory only while they are used")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show each step; default: yes")
     return parser
 
@@ -136,6 +138,8 @@ def _generate(options: argparse.Namespace) -> None:
     prompts, settings = _settings(options)
     check_engine(settings.engine)
     check_cache_interval(settings.engine, settings.cache_interval)
+    check_tiled(settings.engine, options.tiled)
+    check_free(settings.engine, options.free)
     weights = {"ema": settings.ema, "prediction": settings.prediction}
     open_source(resolve_preset(settings.preset), **weights)  # so that what cannot be opened is told at once
     total = len(prompts) * options.num_images
@@ -151,7 +155,9 @@ def _generate(options: argparse.Namespace) -> None:
         _show_warning(
             f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
         )
-    pipeline = TextToImage.from_preset(settings.preset, dtype=settings.dtype, engine=settings.engine, **weights)
+    pipeline = TextToImage.from_preset(
+        settings.preset, dtype=settings.dtype, engine=settings.engine, free=options.free, **weights
+    )
     images = pipeline.generate(
         prompts,
         negative_prompt=settings.negative_prompt,
@@ -165,6 +171,7 @@ def _generate(options: argparse.Namespace) -> None:
         height=settings.height,
         width=settings.width,
         batch_size=options.batch_size,
+        tiled=options.tiled,
         progress=options.progress,
     )
     made = replace(

@@ -7,7 +7,7 @@ but before it, handing it the prediction. All else is the pipeline's own.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from latentdiff.backend import Compiled
 
 ENGINES = ("keras", "openvino")
+NETWORKS = ("text_encoder", "unet", "autoencoder")  # in the order of their use
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # of what a policy computes in
 KEPT = 2  # sets of shapes for which a network stays compiled: guided and unguided
 
@@ -48,6 +49,24 @@ def check_cache_interval(engine: str, cache_interval: int) -> None:
     """Raises ValueError where deep features are to be shared by an engine that has the UNet whole alone."""
     if engine != "keras" and cache_interval > 1:
         raise ValueError(f'`cache_interval` must be 1 with engine="{engine}". Received: {cache_interval}.')
+
+
+def check_tiled(engine: str, tiled: bool | None) -> None:
+    """Raises ValueError where an engine that has the decoder whole alone is to decode in strips."""
+    if engine != "keras" and tiled:
+        raise ValueError(f'`tiled` must not be true with engine="{engine}". Received: {tiled}.')
+
+
+def check_free(engine: str, free: Collection[str]) -> None:
+    """Checks which networks' weights are to be held only while they are used.
+
+    Raises:
+        ValueError: one is none of `NETWORKS`, or the engine is one that makes its own copies of them.
+    """
+    if isinstance(free, str) or not set(free) <= set(NETWORKS):
+        raise ValueError(f"`free` must hold names of {', '.join(NETWORKS)}. Received: free={free!r}.")
+    if engine != "keras" and free:
+        raise ValueError(f'`free` must be empty with engine="{engine}". Received: {", ".join(free)}.')
 
 
 def to_openvino(network: keras.Model) -> Any:

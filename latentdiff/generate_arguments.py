@@ -72,7 +72,9 @@ def read_noise(noise: Any, total: int, shape: tuple[int, ...], table: SamplerTab
     return noise.reshape(-1, *initial)
 
 
-def check_choices(scale: Any, rescale: Any, interval: Any, cache_interval: Any, batch_size: Any, output: Any) -> None:
+def check_choices(
+    scale: Any, rescale: Any, interval: Any, cache_interval: Any, batch_size: Any, tiled: Any, output: Any
+) -> None:
     """Raises ValueError at the first that is out of range."""
     if not _is_number(scale) or not np.isfinite(scale):
         raise ValueError(f"`guidance_scale` must be a finite number. Received: guidance_scale={scale!r}.")
@@ -84,6 +86,8 @@ def check_choices(scale: Any, rescale: Any, interval: Any, cache_interval: Any, 
         raise ValueError(f"`cache_interval` must be a whole number, at least 1. Received: {cache_interval!r}.")
     if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
         raise ValueError(f"`batch_size` must be a whole number, at least 1. Received: batch_size={batch_size!r}.")
+    if tiled is not None and not isinstance(tiled, bool):
+        raise ValueError(f"`tiled` must be True, False or None. Received: tiled={tiled!r}.")
     if output not in OUTPUTS:
         raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}. Received: output={output!r}.")
 

@@ -5,9 +5,10 @@ Rombach et al. 2022, sec. 3, arXiv:2112.10752.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -20,9 +21,16 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import normal
 from latentdiff.diffusion.samplers import SamplerTable, make_table, step
-from latentdiff.engine import OpenvinoNetwork, StepAfter, check_cache_interval, check_engine
+from latentdiff.engine import OpenvinoNetwork, StepAfter, check_cache_interval, check_engine, check_free, check_tiled
 from latentdiff.generate_arguments import check_choices, is_whole, read_noise, read_prompts, read_seeds
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.text_encoder import CLIPTextEncoder
+from latentdiff.models.unet import UNet
 from latentdiff.sampling_run import ProgressBar, SamplingRun
+from latentdiff.tiled_decoder import TiledDecoder
+from latentdiff.weights_on_demand import WeightsOnDemand
+
+WHOLE = 1024 * 1024  # pixels up to which a picture is decoded whole
 
 
 class TextToImage:
@@ -45,20 +53,21 @@ class TextToImage:
     def __init__(self, parts: presets.Parts, engine: str = "keras"):
         check_engine(engine, keras.backend.backend())
         self.parts, self.engine = parts, engine
-        self.tokenizer, self.text_encoder = parts.tokenizer, parts.text_encoder
-        self.unet, self.autoencoder = parts.unet, parts.autoencoder
-        self.settings = parts.settings
+        check_free(engine, parts.files)
+        self.tokenizer, self.settings = parts.tokenizer, parts.settings
+        self._weights = WeightsOnDemand(parts)
         self.schedule = presets.make_schedule(parts.settings)
         if engine == "openvino":
-            self._encode = OpenvinoNetwork(lambda: presets.in_policy(self.text_encoder, "float32"), self.dtype)
+            self._encode = OpenvinoNetwork(lambda: presets.in_policy(parts.text_encoder, "float32"), self.dtype)
             self._predict = OpenvinoNetwork(self._unet_after_embedding, self.dtype)
             self._decode = OpenvinoNetwork(self._image_network, self.dtype)
         else:
-            self._encode = Compiled(self.text_encoder, [self.text_encoder])
+            self._encode = Compiled(parts.text_encoder, [parts.text_encoder])
             self._predict = None
-            self._decode = Compiled(self.image, [self.autoencoder])
+            self._decode = Compiled(lambda latent: _grey_levels(parts.autoencoder.decode(latent)), [parts.autoencoder])
+        self._decode_tiled = TiledDecoder(parts.autoencoder)
         self._normal = Compiled(self._noise, [])
-        self._features = Compiled(self._deep_features, [self.unet])
+        self._features = Compiled(self._deep_features, [parts.unet])
         self._steps: dict[tuple[bool, float | None, bool], Compiled | StepAfter] = {}
 
     @classmethod
@@ -71,6 +80,7 @@ class TextToImage:
         ema: bool = False,
         prediction: str | None = None,
         engine: str = "keras",
+        free: Collection[str] = (),
     ) -> TextToImage:
         """The pipeline of a model directory, or of a single file.
 
@@ -85,15 +95,20 @@ class TextToImage:
             engine: what computes the networks in `generate`: "keras", or "openvino", on the processor, with the weights
                 as they are at the first picture.
                 Seeds give the same pictures, in float32 within one grey level.
+            free: of "text_encoder", "unet" and "autoencoder" those whose weights `generate` reads from the files when
+                it comes to them, and frees after that; none with OpenVINO. One that was taken of the pipeline, as
+                `pipe.unet`, is read then and stays.
 
         Raises:
             ValueError: the name is unknown, or the files are malformed or ask for what cannot be done here; the engine
-                is unknown, or not for this backend.
+                is unknown, or not for this backend; `free` holds another name.
             FileNotFoundError: a file is missing.
             ImportError: the engine is not installed.
         """
         check_engine(engine, keras.backend.backend())
-        return cls(presets.load_pipeline(preset, dtype, variant=variant, ema=ema, prediction=prediction), engine)
+        check_free(engine, free)
+        parts = presets.load_pipeline(preset, dtype, variant=variant, ema=ema, prediction=prediction, free=free)
+        return cls(parts, engine)
 
     def save_to_preset(
         self,
@@ -104,17 +119,33 @@ class TextToImage:
         max_shard_size: int | str | None = None,
     ) -> None:
         """Writes a diffusers directory, whole or not at all; see `presets.save_pipeline`."""
-        presets.save_pipeline(self.parts, directory, dtype, overwrite, max_shard_size=max_shard_size)
+        with contextlib.ExitStack() as stack:
+            for kind in self._weights.kinds:
+                stack.enter_context(self._weights.held(kind))
+            presets.save_pipeline(self.parts, directory, dtype, overwrite, max_shard_size=max_shard_size)
+
+    @property
+    def text_encoder(self) -> CLIPTextEncoder:
+        return self._weights.take("text_encoder")  # pyright: ignore[reportReturnType]
+
+    @property
+    def unet(self) -> UNet:
+        return self._weights.take("unet")  # pyright: ignore[reportReturnType]
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        return self._weights.take("autoencoder")  # pyright: ignore[reportReturnType]
 
     @property
     def dtype(self) -> str:
         """What the networks compute in."""
-        return self.unet.get_layer("conv_in").dtype_policy.name
+        return self.parts.unet.get_layer("conv_in").dtype_policy.name
 
     @property
     def traces(self) -> int:
         """How often a function of this pipeline was traced so far; a second call like the first adds none."""
-        functions = (self._encode, self._predict, self._decode, self._normal, self._features, *self._steps.values())
+        functions = (self._encode, self._predict, self._decode, self._decode_tiled, self._normal, self._features)
+        functions = (*functions, *self._steps.values())
         return sum(function.traces for function in functions if function is not None)
 
     def generate(
@@ -135,6 +166,7 @@ class TextToImage:
         eta: float = 0.0,
         noise: Any = None,
         batch_size: int | None = None,
+        tiled: bool | None = None,
         progress: bool = True,
         callback: Callable[[int, np.ndarray], bool | None] | None = None,
         output: str = "image",
@@ -160,6 +192,8 @@ class TextToImage:
             noise: (B, h, w, c) the initial noise in place of the seeds'; or (1 + R, B, h, w, c), with the fresh noise
                 of each of the sampler's R rows after it.
             batch_size: how many images are made at a time; None is all.
+            tiled: whether images are decoded one after the other in strips of rows, which takes less memory and gives
+                the same, in float32 within one grey level; None is those of more than `WHOLE` pixels. Not OpenVINO's.
             progress: whether a bar shows the steps.
             callback: is told the sampler's row, from 1 on, and the latent (b, h, w, c) float32 after it, of each part
                 of `batch_size` in turn. False ends the run there: that part is returned as it stands, and no later one.
@@ -178,23 +212,43 @@ class TextToImage:
         table = self._table(sampler, num_steps, eta)
         seeds = read_seeds(seed, total)
         noise = read_noise(noise, total, shape, table)
-        check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, output)
+        check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, tiled, output)
         check_cache_interval(self.engine, cache_interval)
+        check_tiled(self.engine, tiled)
         tokens = np.repeat(self.tokenizer(prompts), num_images, axis=0)
         negative_tokens = np.repeat(self.tokenizer(negatives), total // len(negatives), axis=0)
 
         clip = self.settings.with_sampler(table.sampler).clip
         size = min(batch_size or total, total)
         starts = range(0, total, size)
+        if tiled is None:
+            tiled = self.engine == "keras" and shape[0] * shape[1] * self.parts.autoencoder.factor**2 > WHOLE
         bar = ProgressBar(table.num_rows * len(starts)) if progress else None
-        made = []
-        for start in starts:
+
+        def encoded(start: int) -> SamplingRun:
             part = slice(start, start + size)
             run = SamplingRun(self, table, clip, seeds[part], None if noise is None else noise[:, part], shape)
             run.guide(guidance_scale, guidance_rescale, guidance_interval)
             run.encode(tokens[part], negative_tokens[part])
-            latent, going = run.loop(bar, callback, cache_interval)
-            made.append(self._finished(latent, output))
+            return run
+
+        made, going = [], True
+        # Weights that come and go do so once, and not for each part.
+        for group in [starts] if self._weights.kinds else [[start] for start in starts]:
+            with self._weights.held("text_encoder"):
+                runs = [encoded(start) for start in group]
+            latents = []
+            with self._weights.held("unet"):
+                for run in runs:
+                    latent, going = run.loop(bar, callback, cache_interval)
+                    latents.append(self._finished(latent))
+                    if not going:
+                        break
+            if output == "latent":
+                made += latents
+            else:
+                with self._weights.held("autoencoder"):
+                    made += [self._decoded(latent, tiled) for latent in latents]
             if not going:
                 break
         return np.concatenate(made)
@@ -219,22 +273,22 @@ class TextToImage:
                         return context  # the prediction already, of a `StepAfter`
                     if shallow_network:
                         return shallow_network([x_t, t, context, *features], training=False)
-                    return self.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
+                    return self.parts.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
 
                 denoiser = Denoiser(network, self.settings.prediction, clip=clip)
                 guide = Guided(denoiser, scale, rescale=rescale) if guided else denoiser
                 x0_hat, eps_hat = guide(state[0], timestep, signal, noise)
                 return step(row, state, x0_hat, eps_hat, fresh)
 
-            compiled = Compiled(run, [self.unet])
-            embed = self.unet.get_layer("timestep_embedding")
+            compiled = Compiled(run, [self.parts.unet])
+            embed = self.parts.unet.get_layer("timestep_embedding")
             step_after = self._predict and StepAfter(self._predict, embed, compiled)
             self._steps[guided, clip, shallow] = step_after or compiled
         return self._steps[guided, clip, shallow]
 
     @functools.cached_property
     def _split(self) -> tuple[keras.Model, keras.Model]:
-        return self.unet.split()
+        return self.parts.unet.split()
 
     def _deep_features(self, state, context, timestep):
         """(B or 2 B, h, w, C), as many as there are contexts."""
@@ -255,32 +309,35 @@ class TextToImage:
         Raises:
             ValueError: a number of pixels is no positive multiple of the autoencoder's factor.
         """
-        factor = self.autoencoder.factor
+        factor = self.parts.autoencoder.factor
         sizes = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
             pixels = own * factor if pixels is None else pixels
             if not is_whole(pixels) or pixels < factor or pixels % factor:
                 raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
             sizes.append(int(pixels) // factor)
-        return (*sizes, self.autoencoder.latent_channels)
+        return (*sizes, self.parts.autoencoder.latent_channels)
 
-    def _finished(self, latent, output: str) -> np.ndarray:
+    def _finished(self, latent) -> np.ndarray:
         latent = to_numpy(latent, "float32")
         if not np.isfinite(latent).all():
             raise ValueError(
                 "A latent must be finite. Received: NaN or infinity, of networks that compute in "
                 f'{self.dtype}. dtype="float32" has the widest range.'
             )
-        return latent if output == "latent" else to_numpy(self._decode(latent), "uint8")
+        return latent
+
+    def _decoded(self, latent: np.ndarray, tiled: bool) -> np.ndarray:
+        return to_numpy(_grey_levels(self._decode_tiled(latent)) if tiled else self._decode(latent), "uint8")
 
     def _unet_after_embedding(self) -> keras.Model:
-        unet = presets.in_policy(self.unet, "float32")
+        unet = presets.in_policy(self.parts.unet, "float32")
         embedding = unet.get_layer("timestep_embedding").output
         return keras.Model([unet.input["latent"], embedding, unet.input["context"]], unet.output)
 
     def _image_network(self) -> keras.Model:
-        latent = keras.Input((None, None, self.autoencoder.latent_channels), name="latent")
-        return keras.Model(latent, _grey_levels(presets.in_policy(self.autoencoder, "float32").decode(latent)))
+        latent = keras.Input((None, None, self.parts.autoencoder.latent_channels), name="latent")
+        return keras.Model(latent, _grey_levels(presets.in_policy(self.parts.autoencoder, "float32").decode(latent)))
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)

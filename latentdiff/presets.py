@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import assign, default_dtype, to_numpy
+from latentdiff.backend import assign, default_dtype, release, to_numpy
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_pipeline
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
@@ -59,6 +59,7 @@ class Parts:
         tokenizer, text_encoder, unet, autoencoder: the arrow, in its order.
         settings: schedule, prediction and sampler.
         sample_size: (h, w) of the latents that the UNet was trained on.
+        files: of "text_encoder", "unet" and "autoencoder" those that hold no weights, and where these are; see `fill`.
     """
 
     tokenizer: CLIPTokenizer
@@ -67,6 +68,7 @@ class Parts:
     autoencoder: Autoencoder
     settings: SamplerSettings
     sample_size: tuple[int, int]
+    files: Mapping[str, diffusers.Component] = field(default_factory=dict)
 
 
 def load_pipeline(
@@ -76,6 +78,7 @@ def load_pipeline(
     variant: str | None = None,
     ema: bool = False,
     prediction: str | None = None,
+    free: Collection[str] = (),
 ) -> Parts:
     """The parts of a pipeline.
 
@@ -87,6 +90,7 @@ def load_pipeline(
         ema: whether a single file's averaged weights are read, where it holds both kinds.
         prediction: "eps", "v" or "x0", what the UNet was trained to predict, where the files do not say it or say it
             wrongly.
+        free: the networks that are left without weights, of "text_encoder", "unet" and "autoencoder".
 
     Raises:
         ValueError: the name or the dtype is unknown, or the files are malformed or ask for what cannot be done here.
@@ -108,8 +112,11 @@ def load_pipeline(
     if tokenizer.context_length > longest:
         tokenizer = CLIPTokenizer(**{**source.tokenizer(), "context_length": longest})
     size = source.sample_size() or (SAMPLE_SIZE, SAMPLE_SIZE)
-    networks = {kind: network_of(component, dtype) for kind, component in components.items()}
-    return Parts(tokenizer, settings=settings, sample_size=size, **networks)  # pyright: ignore[reportArgumentType]
+    files = {kind: component for kind, component in components.items() if kind in free}
+    networks = {}
+    for kind, component in components.items():
+        networks[kind] = _empty(component, dtype) if kind in files else network_of(component, dtype)
+    return Parts(tokenizer, settings=settings, sample_size=size, files=files, **networks)
 
 
 def load_unet(
@@ -296,13 +303,25 @@ def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> ke
     """The network of a component's kind with its weights, whose configuration `changes` changes."""
     with blank_weights():
         network = _CLASSES[component.kind](**{**component.config, **changes}, dtype=dtype)
+    fill(network, component)
+    return network
+
+
+def _empty(component: diffusers.Component, dtype: str) -> keras.Model:
+    with blank_weights():
+        network = _CLASSES[component.kind](**component.config, dtype=dtype)
+    release(network.variables)
+    return network
+
+
+def fill(network: keras.Model, component: diffusers.Component) -> None:
+    """Gives a network the weights of a component."""
     variables = dict(named_variables(network))
     if variables.keys() != component.weights.keys():
         differing = sorted(variables.keys() ^ component.weights.keys())
         raise ValueError(f"Every variable must have one array in the file. These do not: {', '.join(differing)}.")
     for variable, array in zip(variables.values(), _read(component.weights, list(variables)), strict=True):
         assign(variable, array)
-    return network
 
 
 def _read(weights: Mapping[str, np.ndarray], paths: list[str]) -> Iterator[np.ndarray]:

@@ -29,12 +29,14 @@ class Pipeline:
         self.presets = []
         self.weights = []
         self.engines = []
+        self.free = []
         self.error = None
 
-    def from_preset(self, preset, dtype=None, *, ema=False, prediction=None, engine="keras"):
+    def from_preset(self, preset, dtype=None, *, ema=False, prediction=None, engine="keras", free=()):
         self.presets.append((preset, dtype))
         self.weights.append((ema, prediction))
         self.engines.append(engine)
+        self.free.append(free)
         return self
 
     def generate(self, prompt, **arguments):
@@ -96,6 +98,7 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
         "height": None,
         "width": None,
         "batch_size": None,
+        "tiled": None,
         "progress": True,
     }
 
@@ -103,9 +106,10 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
 def test_every_argument_reaches_the_pipeline(pipeline):
     command = """--preset emoji --num-images 2 --num-steps 25 --guidance-scale 5 --seed 3 --sampler dpmpp_2m --height 24
         --width 32 --batch-size 1 --dtype float32 --negative-prompt blue --no-progress --output x.png
-        --guidance-interval 0.5 inf --cache-interval 3"""
+        --guidance-interval 0.5 inf --cache-interval 3 --no-tiled --free unet text_encoder"""
     assert cli.main(["generate", "a red heart", *command.split()]) == 0
     assert pipeline.presets == [("emoji", "float32")]
+    assert pipeline.free == [["unet", "text_encoder"]]
     assert pipeline.calls == [
         (
             ["a red heart"],
@@ -121,6 +125,7 @@ def test_every_argument_reaches_the_pipeline(pipeline):
                 "height": 24,
                 "width": 32,
                 "batch_size": 1,
+                "tiled": False,
                 "progress": False,
             },
         )

@@ -78,3 +78,8 @@ def test_openvino_takes_networks_of_tensorflow_alone(monkeypatch):
 def test_deep_features_are_kerass_alone(other_pipe):
     with pytest.raises(ValueError, match='`cache_interval` must be 1 with engine="openvino". Received: 2.'):
         other_pipe.generate(**ARGUMENTS, cache_interval=2)
+
+
+def test_strips_are_kerass_alone(other_pipe):
+    with pytest.raises(ValueError, match='`tiled` must not be true with engine="openvino". Received: True.'):
+        other_pipe.generate(**ARGUMENTS, tiled=True)

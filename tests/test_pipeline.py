@@ -317,6 +317,7 @@ BAD = [
     ({"eta": 0.5, "sampler": "euler"}, ValueError, "`eta` belongs to the sampler ddim alone"),
     ({"batch_size": 0}, ValueError, "Received: batch_size=0."),
     ({"batch_size": 1.5}, ValueError, "Received: batch_size=1.5."),
+    ({"tiled": 1}, ValueError, "`tiled` must be True, False or None. Received: tiled=1."),
     ({"output": "jpeg"}, ValueError, "`output` must be one of image, latent. Received: output='jpeg'."),
 ]
 

@@ -1,0 +1,191 @@
+"""Large pictures decoded in strips of rows, of which no array is held whole more than twice; the whole's numbers.
+
+Nothing is blended. A strip's convolutions see the rows beside it, and a norm's sums go over the strips of all the
+picture before the first of them is normalised: one pass over the strips for each convolution, not for each strip.
+What attends, the middle, and all else at the latent's own size is computed whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from latentdiff.backend import Compiled, to_numpy
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.layers import GroupNorm, ResnetBlock
+
+STRIP = 2**17  # pixels of the picture in a strip, about: an array of 128 channels in float32 has 64 MiB of them
+
+
+class TiledDecoder:
+    """An autoencoder's decoder that holds little at a time, and gives what the whole one gives up to rounding.
+
+    Args:
+        autoencoder: whose decoder it is, with the weights that it has at each call.
+        rows: of the latent, at most, in a strip; None is as many as make about `STRIP` pixels.
+
+    Raises:
+        ValueError: `rows` is no positive whole number.
+
+    Reference:
+        Wu and He 2018, sec. 3.1, arXiv:1803.08494: what a norm must know of the whole picture.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, rows: int | None = None):
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ValueError(f"`rows` must be a whole number, at least 1. Received: rows={rows!r}.")
+        self._rows, self._factor = rows, autoencoder.factor
+        decoder, levels = autoencoder.decoder, len(autoencoder.config["channels"])
+        first = decoder.get_layer("up_0_upsample" if levels > 1 else "norm_out")
+        head = keras.Model(decoder.input, first.input)
+
+        def whole(latent):
+            x = head(autoencoder.unscale(latent))
+            return x, _sums(x, ops.ones((1, x.shape[1], 1), "float32"))
+
+        self._head = Compiled(whole, [head])
+        self._stages: list[_Convolution | _Resnet] = []
+        for i in range(1, levels):
+            self._stages.append(_Convolution(decoder.get_layer(f"up_{i - 1}_upsample"), doubles=True))
+            for j in range(autoencoder.config["blocks_per_level"] + 1):
+                self._stages.append(_Resnet(decoder.get_layer(f"up_{i}_resnet_{j}")))
+        self._stages.append(_Convolution(decoder.get_layer("conv_out"), decoder.get_layer("norm_out")))
+
+    @property
+    def traces(self) -> int:
+        """How often a function was traced: once for each layer and size of a strip, however many strips there are."""
+        return self._head.traces + sum(stage.traces for stage in self._stages)
+
+    def __call__(self, latent: Any) -> np.ndarray:
+        """Scaled latents (B, h, w, c) -> images float32 (B, H, W, C) in [-1, 1], not clipped, one after the other."""
+        return np.concatenate([self._decoded(latent[i : i + 1]) for i in range(latent.shape[0])])
+
+    def _decoded(self, latent) -> np.ndarray:
+        _, height, width, _ = latent.shape
+        rows = self._rows or max(1, STRIP // (width * self._factor**2))
+        count = math.ceil(height / rows)
+        rows = math.ceil(height / count)
+        x, sums = self._head(latent)  # (1, h, w, C)
+        x = ops.pad(x, ((0, 0), (0, count * rows - height), (0, 0), (0, 0)))
+        x = _Strips([x[:, i * rows : (i + 1) * rows] for i in range(count)], height, to_numpy(sums).astype("float64"))
+        for stage in self._stages:
+            x = stage(x)
+        return np.concatenate([to_numpy(strip, "float32") for strip in x.arrays], axis=1)[:, : x.height]
+
+
+@dataclass
+class _Strips:
+    """An array (1, H, W, C) as equal strips of rows, one below the other; rows beyond the last one do not count.
+
+    Attributes:
+        arrays: (1, R, W, C) each; those that are used up are None.
+        height: H.
+        sums: float64 (2, C) over all positions: of the values, and of their squares.
+    """
+
+    arrays: list[Any]
+    height: int
+    sums: np.ndarray
+
+    def statistics(self, norm: GroupNorm) -> np.ndarray:
+        """Mean, and one over the deviation, of each group of the whole array: float32 (2, G)."""
+        moments = self.sums / (self.height * self.arrays[0].shape[2])  # (2, C)
+        mean, square = moments.reshape(2, norm.groups, -1).mean(axis=-1)
+        variance = np.maximum(square - mean**2, 0)
+        return np.stack([mean, 1 / np.sqrt(variance + norm.epsilon)]).astype("float32")
+
+
+class _Convolution:
+    """A 3 x 3 convolution over strips, behind a norm and swish where there is one, or behind a doubling of the size."""
+
+    def __init__(self, layer: keras.layers.Layer, norm: GroupNorm | None = None, doubles: bool = False):
+        self._layer, self._norm, self._scale = layer, norm, 2 if doubles else 1
+        self._compiled = Compiled(self._strip, [layer] if norm is None else [layer, norm])
+
+    @property
+    def traces(self) -> int:
+        return self._compiled.traces
+
+    def __call__(self, x: _Strips, leave: Callable[[Any], Any] | None = None, added: _Strips | None = None) -> _Strips:
+        """The strips of what comes out.
+
+        Args:
+            x: is used up, strip by strip.
+            leave: what is made of a strip of `x` in its place, rather than nothing.
+            added: to what comes out; is used up.
+        """
+        statistics = () if self._norm is None else (x.statistics(self._norm),)
+        before = x.arrays[0]
+        rows = before.shape[1]
+        made, sums = [], np.zeros(())
+        for i, this in enumerate(x.arrays):
+            after = x.arrays[min(i + 1, len(x.arrays) - 1)]
+            place = np.array([i * rows, x.height], "int32")
+            others = () if added is None else (added.arrays[i],)
+            strip, part = self._compiled(before, this, after, place, *statistics, *others)
+            made.append(strip)
+            sums = sums + to_numpy(part).astype("float64")
+            x.arrays[i], before = leave and leave(this), this
+            if added is not None:
+                added.arrays[i] = None
+        return _Strips(made, x.height * self._scale, sums)
+
+    def _strip(self, before, this, after, place, *others):
+        """The strip of `this` and its sums, with a row of either neighbour; a strip without one has any beside it."""
+        first, height = place[0], place[1]
+        x = ops.concatenate([before[:, -1:], this, after[:, :1]], axis=1)
+        if self._norm is not None:
+            statistics, *others = others
+            x = ops.silu(_normalized(x, self._norm, statistics))
+        # Around the picture, and not around the strip, the convolution has zeros.
+        x = ops.where(_inside(first - 1, x.shape[1], height)[..., None], x, ops.zeros((), x.dtype))
+        y = self._layer(x)[:, self._scale : -self._scale]
+        for other in others:
+            y = other + y
+        inside = _inside(first * self._scale, y.shape[1], height * self._scale)
+        return y, _sums(y, ops.cast(inside, "float32"))
+
+
+class _Resnet:
+    """A residual block over strips."""
+
+    def __init__(self, block: ResnetBlock):
+        self._first = _Convolution(block.conv_1, block.norm_1)
+        self._second = _Convolution(block.conv_2, block.norm_2)
+        self._skip = None if block.skip is None else Compiled(block.skip, [block.skip])
+
+    @property
+    def traces(self) -> int:
+        return self._first.traces + self._second.traces + (0 if self._skip is None else self._skip.traces)
+
+    def __call__(self, x: _Strips) -> _Strips:
+        h = self._first(x, leave=self._skip or (lambda strip: strip))
+        return self._second(h, added=x)
+
+
+def _normalized(x, norm: GroupNorm, statistics):
+    """What the norm makes of a part of an array, by the statistics (2, G) of the whole."""
+    mean, inverse = statistics[0][:, None], statistics[1][:, None]  # (G, 1)
+    gamma, beta = (ops.reshape(ops.cast(v, "float32"), (norm.groups, -1)) for v in (norm.gamma, norm.beta))
+    scale = inverse * gamma  # (G, C / G)
+    offset = beta - mean * scale
+    return ops.cast(ops.cast(x, "float32") * ops.reshape(scale, -1) + ops.reshape(offset, -1), norm.compute_dtype)
+
+
+def _inside(first, count: int, height):
+    """Which of `count` rows from `first` on lie in a picture of so many: bool (1, count, 1)."""
+    rows = first + ops.arange(count, dtype="int32")
+    return ops.logical_and(rows >= 0, rows < height)[None, :, None]
+
+
+def _sums(x, inside):
+    """(1, R, W, C), and float32 (1, R, 1) for each row one or nought -> sums and sums of squares, float32 (2, C)."""
+    x = ops.cast(x, "float32")
+    both = ops.stack([ops.sum(x, axis=2), ops.sum(ops.square(x), axis=2)])  # (2, 1, R, C)
+    return ops.sum(both * inside, axis=(1, 2))
