@@ -332,20 +332,20 @@ def assign(variable: keras.Variable, array: np.ndarray) -> None:
         variable: of any shape.
         array: of the same shape and dtype; the caller may not change it afterwards.
     """
-    variable.assign(_adopted(array))
-
-
-def _adopted(array: np.ndarray) -> Any:
-    """An array as a tensor, without a copy where the backend can do without."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.raw_ops.Identity(input=array)  # `tf.constant` copies
-    if keras.backend.backend() == "jax":
+        value = tf.raw_ops.Identity(input=array)  # `tf.constant` copies
+        if tf.distribute.has_strategy() or isinstance(variable.value, tf.distribute.DistributedValues):
+            variable.assign(value)
+        else:  # not `variable.assign`, to which one that `release` has emptied has another shape
+            tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=value)
+    elif keras.backend.backend() == "jax":
         import jax
 
-        return jax.device_put(array)  # `jax.numpy.asarray` copies
-    return array
+        variable.assign(jax.device_put(array))  # `jax.numpy.asarray` copies
+    else:
+        variable.assign(array)
 
 
 def release(variables: Iterable[keras.Variable]) -> None:
