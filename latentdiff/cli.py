@@ -23,6 +23,7 @@ from latentdiff.checkpoints.sources import open_source
 from latentdiff.engine import ENGINES, NETWORKS, check_cache_interval, check_engine, check_free, check_tiled
 
 if TYPE_CHECKING:
+    from latentdiff.checkpoints.sources import Source
     from latentdiff.pictures import Settings
 
 SAMPLERS = tuple(SAMPLER_CLASSES)
@@ -141,7 +142,7 @@ def _generate(options: argparse.Namespace) -> None:
     check_tiled(settings.engine, options.tiled)
     check_free(settings.engine, options.free)
     weights = {"ema": settings.ema, "prediction": settings.prediction}
-    open_source(resolve_preset(settings.preset), **weights)  # so that what cannot be opened is told at once
+    source = open_source(resolve_preset(settings.preset), **weights)  # what cannot be opened is told at once
     total = len(prompts) * options.num_images
     seeds = range(settings.seed, settings.seed + total)
     outputs = _outputs(options.output, total)
@@ -151,6 +152,7 @@ def _generate(options: argparse.Namespace) -> None:
     from latentdiff.pictures import write_png
     from latentdiff.pipeline import TextToImage
 
+    _check_run(source, settings)
     if settings.backend not in (None, backend):
         _show_warning(
             f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
@@ -185,6 +187,17 @@ def _generate(options: argparse.Namespace) -> None:
     for index, (image, seed, output) in enumerate(zip(images, seeds, outputs, strict=True)):
         write_png(output, image, replace(made, prompt=prompts[index // options.num_images], seed=seed))
         print(f"{output}  seed {seed}")
+
+
+def _check_run(source: Source, settings: Settings) -> None:
+    """Raises ValueError where a model cannot make such a picture: what `generate` would say, before it is loaded."""
+    from latentdiff import presets
+    from latentdiff.generate_arguments import read_size, read_table
+
+    stored = source.settings()
+    read_table(settings.sampler, settings.num_steps, 0.0, stored, presets.make_schedule(stored))
+    own = source.sample_size() or (presets.SAMPLE_SIZE, presets.SAMPLE_SIZE)
+    read_size(settings.height, settings.width, own, source.component("autoencoder").config["channels"])
 
 
 def start_keras() -> str:

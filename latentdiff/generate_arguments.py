@@ -6,12 +6,15 @@ An error is a TypeError where a prompt is no text or a seed no integer, and othe
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.diffusion.noise import MAX_SEED, split_seeds
-from latentdiff.diffusion.samplers import SamplerTable
+from latentdiff.diffusion.samplers import SamplerTable, make_table
+from latentdiff.diffusion.schedule import Schedule
 
 OUTPUTS = ("image", "latent")
 
@@ -35,6 +38,39 @@ def read_prompts(prompt: Any, negative_prompt: Any, num_images: Any) -> tuple[li
             f"Received: {len(negatives)} for {len(prompts)} prompts."
         )
     return prompts, negatives
+
+
+def read_size(
+    height: int | None, width: int | None, sample_size: tuple[int, int], channels: Sequence[int]
+) -> tuple[int, int]:
+    """(h, w) of the latent of a picture of so many pixels.
+
+    Args:
+        height, width: of the picture; None is the model's own.
+        sample_size: (h, w) of the latents that the model was trained on.
+        channels: of the autoencoder's levels, each of which but one halves a picture.
+
+    Raises:
+        ValueError: a number of pixels is no positive multiple of the autoencoder's factor.
+    """
+    factor = 2 ** (len(channels) - 1)
+    sizes = []
+    for name, pixels, own in zip(("height", "width"), (height, width), sample_size, strict=True):
+        pixels = own * factor if pixels is None else pixels
+        if not is_whole(pixels) or pixels < factor or pixels % factor:
+            raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
+        sizes.append(int(pixels) // factor)
+    return sizes[0], sizes[1]
+
+
+def read_table(
+    sampler: str | None, num_steps: int, eta: float, settings: SamplerSettings, schedule: Schedule
+) -> SamplerTable:
+    """The rows of a run by a sampler, None being the settings' own, over a model's schedule and in its prediction."""
+    if sampler is not None and sampler != settings.sampler:
+        make_table(sampler, schedule, 1)  # names the samplers that are near, where there is none of this name
+        settings = settings.with_sampler(sampler)
+    return make_table(schedule=schedule, num_steps=num_steps, eta=eta, **settings.table_arguments())
 
 
 def read_seeds(seed: Any, total: int) -> list[int]:

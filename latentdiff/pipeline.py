@@ -20,9 +20,16 @@ from latentdiff.backend import Compiled, to_numpy
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import normal
-from latentdiff.diffusion.samplers import SamplerTable, make_table, step
+from latentdiff.diffusion.samplers import step
 from latentdiff.engine import OpenvinoNetwork, StepAfter, check_cache_interval, check_engine, check_free, check_tiled
-from latentdiff.generate_arguments import check_choices, is_whole, read_noise, read_prompts, read_seeds
+from latentdiff.generate_arguments import (
+    check_choices,
+    read_noise,
+    read_prompts,
+    read_seeds,
+    read_size,
+    read_table,
+)
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.unet import UNet
@@ -209,7 +216,7 @@ class TextToImage:
         prompts, negatives = read_prompts(prompt, negative_prompt, num_images)
         total = len(prompts) * num_images
         shape = self.latent_shape(height, width)
-        table = self._table(sampler, num_steps, eta)
+        table = read_table(sampler, num_steps, eta, self.settings, self.schedule)
         seeds = read_seeds(seed, total)
         noise = read_noise(noise, total, shape, table)
         check_choices(guidance_scale, guidance_rescale, guidance_interval, cache_interval, batch_size, tiled, output)
@@ -296,27 +303,14 @@ class TextToImage:
         latent = ops.concatenate([state[0]] * (count // state.shape[1]), axis=0)
         return self._split[0]([latent, ops.broadcast_to(timestep, (count,)), context], training=False)
 
-    def _table(self, sampler: str | None, num_steps: int, eta: float) -> SamplerTable:
-        settings = self.settings
-        if sampler is not None and sampler != settings.sampler:
-            make_table(sampler, self.schedule, 1)  # names the samplers that are near, where there is none of this name
-            settings = settings.with_sampler(sampler)
-        return make_table(schedule=self.schedule, num_steps=num_steps, eta=eta, **settings.table_arguments())
-
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(h, w, c) of the latent of a picture of so many pixels; None is the model's own size.
 
         Raises:
             ValueError: a number of pixels is no positive multiple of the autoencoder's factor.
         """
-        factor = self.parts.autoencoder.factor
-        sizes = []
-        for name, pixels, own in zip(("height", "width"), (height, width), self.parts.sample_size, strict=True):
-            pixels = own * factor if pixels is None else pixels
-            if not is_whole(pixels) or pixels < factor or pixels % factor:
-                raise ValueError(f"`{name}` must be a positive multiple of {factor}. Received: {name}={pixels!r}.")
-            sizes.append(int(pixels) // factor)
-        return (*sizes, self.parts.autoencoder.latent_channels)
+        channels = self.parts.autoencoder.config["channels"]
+        return (*read_size(height, width, self.parts.sample_size, channels), self.parts.autoencoder.latent_channels)
 
     def _finished(self, latent) -> np.ndarray:
         latent = to_numpy(latent, "float32")

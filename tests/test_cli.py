@@ -62,6 +62,7 @@ def pipeline(monkeypatch):
     pipeline = Pipeline()
     monkeypatch.setitem(sys.modules, "latentdiff.pipeline", types.SimpleNamespace(TextToImage=pipeline))
     monkeypatch.setattr(cli, "start_keras", lambda: "tensorflow")
+    monkeypatch.setattr(cli, "_check_run", lambda source, settings: None)  # `emoji` is an empty directory here
     return pipeline
 
 
@@ -304,6 +305,25 @@ def test_bad_arguments_are_refused_in_one_line_before_keras_starts(capsys, monke
     before = sorted(here.iterdir())
     assert said in refusal(capsys, *arguments.split())
     assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--height 9", "`height` must be a positive multiple of 2. Received: height=9."),
+        ("--width 7", "`width` must be a positive multiple of 2. Received: width=7."),
+        ("--num-steps 1001", "`num_steps` must be"),
+        ("--sampler lcm --num-steps 60", "`num_steps` of lcm must be at most"),
+    ],
+)
+def test_what_a_model_cannot_make_is_refused_before_it_is_loaded(
+    tiny_directory, monkeypatch, capsys, here, arguments, said
+):
+    from latentdiff import presets
+
+    monkeypatch.setattr(presets, "load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert said in refusal(capsys, "generate", "heart", "--preset", str(tiny_directory), *arguments.split())
+    assert list(here.iterdir()) == []
 
 
 def test_a_prompt_that_is_not_text_is_refused(capsys):

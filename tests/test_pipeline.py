@@ -12,6 +12,7 @@ from tiny_models import LATENT, PICTURE, numbers, relative_error, run, to_numpy
 from latentdiff.diffusion.noise import normal, split_seeds
 from latentdiff.diffusion.samplers import make_table
 from latentdiff.diffusion.schedule import scaled_linear_schedule
+from latentdiff.generate_arguments import read_table
 
 PROMPTS = ["a red heart", "the cat"]
 STEPS = 3
@@ -262,7 +263,7 @@ def test_guidance_is_switched_on_and_off_at_one_trace_each(generate, tiny_pipe):
 
 def test_table_is_the_schedules_of_the_settings(tiny_pipe):
     expected = make_table("euler", scaled_linear_schedule(), 4)
-    table = tiny_pipe._table("euler", 4, 0.0)
+    table = read_table("euler", 4, 0.0, tiny_pipe.settings, tiny_pipe.schedule)
     np.testing.assert_array_equal(table.matrix, expected.matrix)
     np.testing.assert_array_equal(table.timestep, expected.timestep)
 

@@ -70,23 +70,29 @@ class Conv(keras.layers.Conv2D):
     places in the cache, its convolution takes up to twice as long as those of parts of the channels, added up.
     """
 
+    def call(self, inputs):
+        """inputs: (B, H, W, C) -> (B, H, W, filters)."""
+        batch, height, width, channels = inputs.shape
+        size = self.kernel_size[0]
+        if not self._on_known_sizes(inputs) or size > 1 and (batch or 2) * height * width > self.filters:
+            return super().call(inputs)
+        rows = ops.reshape(patches_of(inputs, size), (-1, size * size * channels))
+        rows = ops.add(ops.matmul(rows, ops.reshape(self.kernel, (-1, self.filters))), self.bias)  # in one rounding
+        return ops.reshape(rows, (-1, height, width, self.filters))
+
     def convolution_op(self, inputs, kernel):
         """inputs: (B, H, W, C), kernel: (h, w, C, filters) -> (B, H, W, filters), before the bias."""
-        batch, height, width, channels = inputs.shape
-        convolve = super().convolution_op
-        if keras.backend.backend() != "tensorflow" or has_gpu() or height is None or width is None:
+        convolve, channels = super().convolution_op, inputs.shape[-1]
+        if not self._on_known_sizes(inputs) or channels % 512 or inputs.dtype != "float32":
             return convolve(inputs, kernel)
-        size, filters = kernel.shape[0], self.filters
-        if size == 1 or (batch or 2) * height * width <= filters:
-            rows = ops.reshape(patches_of(inputs, size), (-1, size * size * channels))
-            rows = ops.matmul(rows, ops.reshape(kernel, (-1, filters)))  # (B H W, filters)
-            return ops.reshape(rows, (-1, height, width, filters))
-        if channels % 512 == 0 and inputs.dtype == "float32":
-            parts = channels // 256
-            return functools.reduce(
-                ops.add, map(convolve, ops.split(inputs, parts, axis=-1), ops.split(kernel, parts, axis=-2))
-            )
-        return convolve(inputs, kernel)
+        parts = channels // 256
+        return functools.reduce(
+            ops.add, map(convolve, ops.split(inputs, parts, axis=-1), ops.split(kernel, parts, axis=-2))
+        )
+
+    def _on_known_sizes(self, inputs) -> bool:
+        """Whether oneDNN computes this; an export of open sizes is for others to make fast."""
+        return keras.backend.backend() == "tensorflow" and not has_gpu() and None not in inputs.shape[1:3]
 
 
 def patches_of(x, size: int):
