@@ -194,10 +194,9 @@ def _check_run(source: Source, settings: Settings) -> None:
     from latentdiff import presets
     from latentdiff.generate_arguments import read_size, read_table
 
-    stored = source.settings()
-    read_table(settings.sampler, settings.num_steps, 0.0, stored, presets.make_schedule(stored))
-    own = source.sample_size() or (presets.SAMPLE_SIZE, presets.SAMPLE_SIZE)
-    read_size(settings.height, settings.width, own, source.component("autoencoder").config["channels"])
+    read_table(settings.sampler, settings.num_steps, 0.0, *presets.settings_of(source))
+    channels = source.component("autoencoder").config["channels"]
+    read_size(settings.height, settings.width, presets.sample_size_of(source), channels)
 
 
 def start_keras() -> str:

@@ -22,7 +22,7 @@ from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.checkpoints.files import CheckpointError, replaced_directory
 from latentdiff.checkpoints.key_map import DTYPES as ARRAY_DTYPES
 from latentdiff.checkpoints.key_map import LazyArrays
-from latentdiff.checkpoints.sources import check_fit, open_source
+from latentdiff.checkpoints.sources import Source, check_fit, open_source
 from latentdiff.diffusion.schedule import (
     Schedule,
     cosine_schedule,
@@ -98,11 +98,7 @@ def load_pipeline(
     """
     dtype = chosen_dtype(dtype)
     source = open_source(resolve_preset(preset, variant=variant), ema=ema, prediction=prediction)
-    settings = source.settings()
-    try:
-        make_schedule(settings)
-    except ValueError as error:
-        raise CheckpointError(f"`{source.path}` must describe a schedule. {error}") from error
+    settings, _ = settings_of(source)
     tokenizer = CLIPTokenizer(**source.tokenizer())
     # All files are opened and checked before the first network is built.
     held = held_dtype(dtype)
@@ -111,12 +107,11 @@ def load_pipeline(
     longest = components["text_encoder"].config["context_length"]
     if tokenizer.context_length > longest:
         tokenizer = CLIPTokenizer(**{**source.tokenizer(), "context_length": longest})
-    size = source.sample_size() or (SAMPLE_SIZE, SAMPLE_SIZE)
     files = {kind: component for kind, component in components.items() if kind in free}
     networks = {}
     for kind, component in components.items():
-        networks[kind] = _empty(component, dtype) if kind in files else network_of(component, dtype)
-    return Parts(tokenizer, settings=settings, sample_size=size, files=files, **networks)
+        networks[kind] = _emptied(component, dtype) if kind in files else network_of(component, dtype)
+    return Parts(tokenizer, settings=settings, sample_size=sample_size_of(source), files=files, **networks)
 
 
 def load_unet(
@@ -224,6 +219,24 @@ def warn_of_rounding(networks: Iterable[keras.Model], dtype: str | None, stackle
         )
 
 
+def settings_of(source: Source) -> tuple[SamplerSettings, Schedule]:
+    """Sampler, prediction and the rest that a source says, and the schedule that it stands for.
+
+    Raises:
+        FileNotFoundError, CheckpointError: it is no whole pipeline, or describes no schedule.
+    """
+    settings = source.settings()
+    try:
+        return settings, make_schedule(settings)
+    except ValueError as error:
+        raise CheckpointError(f"`{source.path}` must describe a schedule. {error}") from error
+
+
+def sample_size_of(source: Source) -> tuple[int, int]:
+    """(h, w) of the latents that a source's UNet was trained on; Stable Diffusion's where no file says it."""
+    return source.sample_size() or (SAMPLE_SIZE, SAMPLE_SIZE)
+
+
 def make_schedule(settings: SamplerSettings) -> Schedule:
     """The schedule that a directory's settings stand for.
 
@@ -301,15 +314,18 @@ def held_dtype(dtype: str) -> str:
 
 def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:
     """The network of a component's kind with its weights, whose configuration `changes` changes."""
-    with blank_weights():
-        network = _CLASSES[component.kind](**{**component.config, **changes}, dtype=dtype)
+    network = _unfilled(component, dtype, **changes)
     fill(network, component)
     return network
 
 
-def _empty(component: diffusers.Component, dtype: str) -> keras.Model:
+def _unfilled(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:
     with blank_weights():
-        network = _CLASSES[component.kind](**component.config, dtype=dtype)
+        return _CLASSES[component.kind](**{**component.config, **changes}, dtype=dtype)
+
+
+def _emptied(component: diffusers.Component, dtype: str) -> keras.Model:
+    network = _unfilled(component, dtype)
     release(network.variables)
     return network
 
@@ -343,5 +359,6 @@ def in_policy(network: Any, policy: str) -> Any:
         return network
     with blank_weights():
         copy = type(network)(**{**config, "dtype": policy})
-    copy.set_weights([to_numpy(variable).astype("float32") for variable in network.weights])
+    for variable, other in zip(copy.variables, network.variables, strict=True):
+        variable.assign(to_numpy(other).astype("float32"))
     return copy

@@ -94,11 +94,10 @@ class _Strips:
     sums: np.ndarray
 
     def statistics(self, norm: GroupNorm) -> np.ndarray:
-        """Mean, and one over the deviation, of each group of the whole array: float32 (2, G)."""
+        """Mean and variance of each group of the whole array: float32 (2, 1, G, 1)."""
         moments = self.sums / (self.height * self.arrays[0].shape[2])  # (2, C)
         mean, square = moments.reshape(2, norm.groups, -1).mean(axis=-1)
-        variance = np.maximum(square - mean**2, 0)
-        return np.stack([mean, 1 / np.sqrt(variance + norm.epsilon)]).astype("float32")
+        return np.stack([mean, np.maximum(square - mean**2, 0)])[:, None, :, None].astype("float32")
 
 
 class _Convolution:
@@ -142,7 +141,7 @@ class _Convolution:
         x = ops.concatenate([before[:, -1:], this, after[:, :1]], axis=1)
         if self._norm is not None:
             statistics, *others = others
-            x = ops.silu(_normalized(x, self._norm, statistics))
+            x = ops.silu(self._norm.normalize(x, statistics[0], statistics[1]))
         # Around the picture, and not around the strip, the convolution has zeros.
         x = ops.where(_inside(first - 1, x.shape[1], height)[..., None], x, ops.zeros((), x.dtype))
         y = self._layer(x)[:, self._scale : -self._scale]
@@ -167,15 +166,6 @@ class _Resnet:
     def __call__(self, x: _Strips) -> _Strips:
         h = self._first(x, leave=self._skip or (lambda strip: strip))
         return self._second(h, added=x)
-
-
-def _normalized(x, norm: GroupNorm, statistics):
-    """What the norm makes of a part of an array, by the statistics (2, G) of the whole."""
-    mean, inverse = statistics[0][:, None], statistics[1][:, None]  # (G, 1)
-    gamma, beta = (ops.reshape(ops.cast(v, "float32"), (norm.groups, -1)) for v in (norm.gamma, norm.beta))
-    scale = inverse * gamma  # (G, C / G)
-    offset = beta - mean * scale
-    return ops.cast(ops.cast(x, "float32") * ops.reshape(scale, -1) + ops.reshape(offset, -1), norm.compute_dtype)
 
 
 def _inside(first, count: int, height):

@@ -50,18 +50,16 @@ def test_opening_maps_the_file_and_reads_no_numbers(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what is mapped")
 def test_a_file_that_was_read_through_takes_no_memory(tmp_path):
-    arrays = {name: np.ones((300, 500), "float32") for name in "abc"}
+    arrays = {name: np.ones((1000, 1500), "float32") for name in "abc"}  # 6 MB each
     safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
     tensors = open_file(tmp_path / "x.safetensors")
     resident = []
     for tensor in tensors.values():
-        assert tensor.view().sum() == 150_000
-        before = resident_bytes(tmp_path / "x.safetensors")
+        assert tensor.view().sum() == 1_500_000
         tensor.release()
         resident.append(resident_bytes(tmp_path / "x.safetensors"))
-        assert before - resident[-1] > 500_000
-    assert max(resident) < 100_000
-    assert tensors["a"].view().sum() == 150_000
+    assert max(resident) < 2_000_000
+    assert tensors["a"].view().sum() == 1_500_000
 
 
 def resident_bytes(path):

@@ -120,23 +120,27 @@ def test_clip_pair_is_trained_and_written(folder, capsys):
     assert len(losses(folder / "clip")) == 4
 
 
-def test_diffusion_is_trained_and_the_model_draws(autoencoder, folder):
-    output = folder / "diffusion"
+@pytest.fixture(scope="module")
+def diffusion(autoencoder, folder):
     arguments = ["--autoencoder", str(autoencoder / "model"), "--prompts", "a red circle", "a blue square"]
-    assert train("diffusion", folder, output, *arguments) == 0
-    with Image.open(output / "samples" / "step_00000004.png") as picture:
+    assert train("diffusion", folder, folder / "diffusion", *arguments) == 0
+    return folder / "diffusion"
+
+
+def test_diffusion_is_trained_and_the_model_draws(diffusion, folder):
+    with Image.open(diffusion / "samples" / "step_00000004.png") as picture:
         assert picture.size == (32, 16)
-    pipe = ld.TextToImage.from_preset(str(output / "model"), dtype="float32")
+    pipe = ld.TextToImage.from_preset(str(diffusion / "model"), dtype="float32")
     assert pipe.settings.prediction == "v" and pipe.settings.zero_terminal_snr
     latent = np.concatenate([np.load(path) for path in sorted(folder.glob("diffusion.cache/train/latents*.npy"))])
     assert pipe.autoencoder.scaling_factor == pytest.approx(1 / latent.std(), rel=1e-2)
 
 
-def test_subject_is_learnt_beside_its_class_from_a_loaded_model(folder):
+def test_subject_is_learnt_beside_its_class_from_a_loaded_model(diffusion, folder):
     output = folder / "subject"
     arguments = [
         "--start",
-        str(folder / "diffusion" / "model"),
+        str(diffusion / "model"),
         "--no-train-text-encoder",
         "--prior",
         str(folder / "toy"),

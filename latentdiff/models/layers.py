@@ -162,21 +162,24 @@ class GroupNorm(keras.layers.GroupNormalization):
 
     def call(self, inputs):
         """inputs: (B, ..., C) -> (B, ..., C)."""
-        channels = inputs.shape[-1]
-        grouped = (self.groups, channels // self.groups)
         axes = tuple(range(1, len(inputs.shape) - 1))
         x = ops.cast(inputs, "float32")
-        mean = self._over_groups(ops.mean(x, axis=axes), grouped)  # (B, G, 1)
-        square = self._over_groups(ops.mean(ops.square(x), axis=axes), grouped)  # (B, G, 1)
-        variance = ops.maximum(square - ops.square(mean), 0.0)
-        gamma, beta = (ops.reshape(ops.cast(v, "float32"), grouped) for v in (self.gamma, self.beta))
+        mean = self._over_groups(ops.mean(x, axis=axes))  # (B, G, 1)
+        square = self._over_groups(ops.mean(ops.square(x), axis=axes))  # (B, G, 1)
+        return self.normalize(x, mean, ops.maximum(square - ops.square(mean), 0.0))
+
+    def normalize(self, x, mean, variance):
+        """x (B, ..., C), by statistics of its groups or of a larger array's, float32 (B, G, 1) -> (B, ..., C)."""
+        channels = x.shape[-1]
+        gamma, beta = (ops.reshape(ops.cast(v, "float32"), (self.groups, -1)) for v in (self.gamma, self.beta))
         scale = ops.rsqrt(variance + self.epsilon) * gamma  # (B, G, C / G)
         offset = beta - mean * scale
-        per_channel = (-1, *(1 for _ in axes), channels)  # (B, 1, ..., C)
+        per_channel = (-1, *(1 for _ in x.shape[1:-1]), channels)  # (B, 1, ..., C)
+        x = ops.cast(x, "float32")
         return ops.cast(x * ops.reshape(scale, per_channel) + ops.reshape(offset, per_channel), self.compute_dtype)
 
-    def _over_groups(self, x, grouped: tuple[int, int]):
-        return ops.mean(ops.reshape(x, (-1, *grouped)), axis=-1, keepdims=True)
+    def _over_groups(self, x):
+        return ops.mean(ops.reshape(x, (-1, self.groups, x.shape[-1] // self.groups)), axis=-1, keepdims=True)
 
 
 def group_norm(groups: int, epsilon: float, name: str, dtype=None) -> GroupNorm:
