@@ -40,7 +40,7 @@ JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 # A process for each core, since tracing and compiling keep to one, and one thread in each; what shares models stays
 # together (tests/conftest.py).
-PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --durations 15
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder --durations 15
 test-tensorflow test-jax peers serving: export TF_CPP_MIN_LOG_LEVEL ?= 2
 test-tensorflow test-jax peers: export TF_NUM_INTRAOP_THREADS ?= 1
 test-tensorflow test-jax peers: export OMP_NUM_THREADS ?= 1

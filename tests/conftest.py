@@ -1,5 +1,7 @@
 """What several files' tests share, built once."""
 
+from pathlib import Path
+
 import pytest
 
 # Before any test imports Keras: latentdiff decides how TensorFlow computes, which is read when that is first imported.
@@ -9,14 +11,14 @@ import latentdiff  # noqa: F401
 LONGEST = [
     "test_export",
     "test_serving",
+    "test_devices",
+    "test_cli_export",
     "test_fine_tuning",
     "test_parity",
     "test_kerascv",
     "test_openvino_engine",
     "test_formats",
     "test_pipeline",
-    "test_cli_export",
-    "test_devices",
     "test_train_command",
     "test_models",
     "test_goldens",
@@ -29,12 +31,22 @@ LONGEST = [
 GROUPS = {"test_serving": "test_export"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keeps a file's tests in one process, where there are several, and has the longest files begin."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.stem, item.path.stem)))
+    """Has the longest files begin."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keeps a file's tests in one process, as `--dist loadfile` does, and those of a group too."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            stem = Path(nodeid.split("::", 1)[0]).stem
+            return GROUPS.get(stem, stem)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
