@@ -194,7 +194,10 @@ def _check_run(source: Source, settings: Settings) -> None:
     from latentdiff import presets
     from latentdiff.generate_arguments import read_size, read_table
 
-    read_table(settings.sampler, settings.num_steps, 0.0, *presets.settings_of(source))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the load gives them again
+        stored = presets.settings_of(source)
+    read_table(settings.sampler, settings.num_steps, 0.0, *stored)
     channels = source.component("autoencoder").config["channels"]
     read_size(settings.height, settings.width, presets.sample_size_of(source), channels)
 

@@ -34,11 +34,12 @@ DIFFUSION_ARROWS = {
 }
 MODEL_ARROWS = {
     "layers": set(),
+    "attention": {"layers"},
     "tokenizer": set(),
-    "text_encoder": {"layers"},
-    "image_encoder": {"layers"},
-    "unet": {"layers"},
-    "autoencoder": {"layers"},
+    "text_encoder": {"layers", "attention"},
+    "image_encoder": {"layers", "attention"},
+    "unet": {"layers", "attention"},
+    "autoencoder": {"layers", "attention"},
 }
 
 

@@ -8,92 +8,24 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tiny_models import numbers, randomize, relative_error, run, to_numpy
+from numpy_layers import convolved, group_normalized, random_weights, silu
+from tiny_models import numbers, relative_error, run, to_numpy
 
 from latentdiff.backend import has_gpu
-from latentdiff.models import layers
+from latentdiff.models.attention import Attention, AttentionBlock, CLIPLayer, SpatialTransformer, TransformerBlock
 from latentdiff.models.layers import (
-    AttentionBlock,
     ClassToken,
-    CLIPLayer,
     Conv,
     Downsample,
     GroupNorm,
     PositionEmbedding,
     ResnetBlock,
-    SpatialTransformer,
     TimestepEmbedding,
-    TransformerBlock,
     Upsample,
-    attend,
     blank_weights,
     dense,
     timestep_embedding,
 )
-
-erf = np.vectorize(math.erf)
-
-
-def random_weights(layer, *shapes):
-    """A built layer with random weights, and they by path, in float64."""
-    layer.build(*shapes)
-    randomize(layer)
-    return layer, {v.path.partition("/")[2]: to_numpy(v).astype("float64") for v in layer.variables}
-
-
-def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def gelu(x):
-    return x * 0.5 * (1 + erf(x / math.sqrt(2)))
-
-
-def gelu_tanh(x):
-    return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def group_normalized(x, groups, epsilon, gamma=1.0, beta=0.0):
-    grouped = x.astype("float64").reshape(len(x), -1, groups, x.shape[-1] // groups)
-    mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
-    return ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta
-
-
-def layer_normalized(x, weights, name, epsilon=1e-5):
-    normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
-    return normal * weights[f"{name}/gamma"] + weights[f"{name}/beta"]
-
-
-def convolved(x, kernel, bias, padding=(1, 1), stride=1):
-    x = np.pad(x, ((0, 0), padding, padding, (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))[:, ::stride, ::stride]
-    return np.einsum("bhwcij,ijco->bhwo", windows, kernel) + bias
-
-
-def attended(q, k, v, heads, causal=False):
-    size = q.shape[-1] // heads
-    out = np.zeros_like(q)
-    for b in range(len(q)):
-        for h in range(heads):
-            s = slice(h * size, (h + 1) * size)
-            scores = q[b, :, s] @ k[b, :, s].T / math.sqrt(size)
-            if causal:
-                scores[np.triu_indices_from(scores, 1)] = -np.inf
-            out[b, :, s] = softmax(scores) @ v[b, :, s]
-    return out
-
-
-def attention(x, context, weights, name, heads, causal=False):
-    q, k, v = (
-        y @ weights[f"{name}/{part}/kernel"] + weights.get(f"{name}/{part}/bias", 0)
-        for part, y in (("query", x), ("key", context), ("value", context))
-    )
-    return attended(q, k, v, heads, causal) @ weights[f"{name}/out/kernel"] + weights[f"{name}/out/bias"]
 
 
 @pytest.mark.parametrize(
@@ -125,44 +57,6 @@ def test_group_norm_of_a_constant_is_its_shift():
     # A constant's variance must not come out below zero and turn into NaN.
     out = to_numpy(run(norm, np.full((1, 4, 4, 4), 0.1, "float32")))
     np.testing.assert_allclose(out, np.broadcast_to([1.0, 2.0, 3.0, 4.0], out.shape), atol=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("n", "s", "heads", "causal"), [(6, 9, 1, False), (5, 3, 4, False), (7, 7, 2, True), (2, 2, 2, True)]
-)
-def test_attend_is_attention(n, s, heads, causal):
-    q, k, v = numbers(2, n, 8, seed=0), numbers(2, s, 8, seed=1), numbers(2, s, 8, seed=2)
-    expected = attended(*(x.astype("float64") for x in (q, k, v)), heads, causal)
-    out = attend(*map(ops.convert_to_tensor, (q, k, v)), heads, causal)
-    np.testing.assert_allclose(to_numpy(out), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("n", [9, 12, 14])
-def test_chunks_of_queries_make_the_whole(n, monkeypatch):
-    q, k, v = (ops.convert_to_tensor(numbers(2, length, 8, seed=i)) for i, length in enumerate((n, 5, 5)))
-    whole = attend(q, k, v, 2)
-    sizes = []
-    softmax_of_keras = ops.softmax
-    monkeypatch.setattr(ops, "softmax", lambda x, axis: sizes.append(x.shape[-2]) or softmax_of_keras(x, axis=axis))
-    monkeypatch.setattr(layers, "QUERY_CHUNK", 4)
-    chunked = attend(q, k, v, 2)
-    assert len(sizes) > 1 and sum(sizes) == n
-    np.testing.assert_allclose(to_numpy(chunked), to_numpy(whole), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("positions", "width", "heads"), [(4096, 320, 8), (9216, 320, 5), (1024, 640, 8), (4096, 512, 1)]
-)
-def test_scores_of_all_positions_are_never_held_at_once(positions, width, heads, monkeypatch):
-    """At Stable Diffusion's sizes, and only in symbols, so that no score is computed."""
-    shapes = []
-    softmax_of_keras = ops.softmax
-    monkeypatch.setattr(ops, "softmax", lambda x, axis: shapes.append(x.shape) or softmax_of_keras(x, axis=axis))
-    x = keras.KerasTensor((2, positions, width))
-    assert attend(x, x, x, heads).shape == (2, positions, width)
-    assert sum(shape[2] for shape in shapes) == positions
-    assert {(shape[1], shape[3]) for shape in shapes} == {(heads, positions)}
-    assert max(shape[2] for shape in shapes) <= 2 * layers.QUERY_CHUNK <= 1024
 
 
 def test_timestep_embedding_has_cosines_first_as_stable_diffusion_does():
@@ -261,70 +155,6 @@ def test_resnet_block_is_two_convolutions_added_to_their_input(channels):
     np.testing.assert_allclose(to_numpy(run(block, x, time)), joined + h, atol=2e-5)
 
 
-@pytest.mark.parametrize(("name", "function"), [("exact", gelu), ("tanh", gelu_tanh)])
-def test_transformer_block_attends_twice_and_ends_in_a_geglu(name, function):
-    x, context = numbers(2, 5, 8), numbers(2, 3, 6, seed=1)
-    block, w = random_weights(TransformerBlock(8, 2, gelu=name, name="block"), x.shape, context.shape)
-    h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "self_attention", 2)
-    h = h + attention(layer_normalized(h, w, "norm_2"), context, w, "cross_attention", 2)
-    wide = layer_normalized(h, w, "norm_3") @ w["geglu/kernel"] + w["geglu/bias"]
-    value, gate = wide[..., :32], wide[..., 32:]  # the value half comes first
-    h = h + (value * function(gate)) @ w["mlp_out/kernel"] + w["mlp_out/bias"]
-    np.testing.assert_allclose(to_numpy(run(block, x, context)), h, atol=2e-5)
-
-
-@pytest.mark.parametrize("dense_projection", [False, True])
-def test_spatial_transformer_starts_as_the_identity(dense_projection):
-    x, context = numbers(2, 3, 4, 8), numbers(2, 3, 6, seed=1)
-    block = SpatialTransformer(8, 2, 1, groups=4, dense_projection=dense_projection)
-    block.build(x.shape, context.shape)
-    np.testing.assert_array_equal(to_numpy(run(block, x, context)), x)
-
-
-def test_spatial_transformers_of_both_ages_are_one_function():
-    """A 1 x 1 convolution and a dense layer hold the same numbers."""
-    x, context = numbers(2, 3, 4, 8), numbers(2, 3, 6, seed=1)
-    old = SpatialTransformer(8, 2, 2, groups=4)
-    new = SpatialTransformer(8, 2, 2, groups=4, dense_projection=True)
-    for block in (old, new):
-        block.build(x.shape, context.shape)
-    randomize(old)
-    for mine, theirs in zip(new.variables, old.variables, strict=True):
-        mine.assign(ops.reshape(theirs, mine.shape))
-    out = run(new, x, context)
-    assert relative_error(out, run(old, x, context)) < 1e-5
-    assert relative_error(out, x) > 0.1
-
-
-def test_spatial_transformer_has_an_epsilon_of_its_own_at_the_entry():
-    x = numbers(2, 3, 4, 8)
-    block = SpatialTransformer(8, 2, groups=4, norm_epsilon=1e-3, entry_epsilon=0.5)
-    block.build(x.shape, (2, 3, 6))
-    np.testing.assert_allclose(to_numpy(run(block.norm, x)), group_normalized(x, 4, 0.5), atol=2e-5)
-
-
-def test_attention_block_attends_over_all_positions():
-    x = numbers(2, 3, 4, 8)
-    block, w = random_weights(AttentionBlock(8, 4, 1e-6, name="block"), x.shape)
-    h = group_normalized(x, 4, 1e-6, w["norm/gamma"], w["norm/beta"]).reshape(2, 12, 8)
-    named = {f"block/{path}": value for path, value in w.items()}
-    expected = x + attention(h, h, named, "block", heads=1).reshape(x.shape)
-    np.testing.assert_allclose(to_numpy(run(block, x)), expected, atol=2e-5)
-
-
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_layer_is_clips(activation, causal):
-    x = numbers(2, 5, 8)
-    layer, w = random_weights(CLIPLayer(8, 2, 16, activation, causal=causal, name="layer"), x.shape)
-    h = x + attention(*[layer_normalized(x, w, "norm_1")] * 2, w, "attention", 2, causal)
-    wide = layer_normalized(h, w, "norm_2") @ w["mlp_1/kernel"] + w["mlp_1/bias"]
-    functions = {"quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)), "gelu": gelu, "gelu_tanh": gelu_tanh}
-    wide = functions[activation](wide)
-    h = h + wide @ w["mlp_2/kernel"] + w["mlp_2/bias"]
-    np.testing.assert_allclose(to_numpy(run(layer, x)), h, atol=2e-5)
-
-
 def test_position_embedding_adds_the_first_vectors():
     layer, weights = random_weights(PositionEmbedding(5, 4, name="positions"), (2, 3, 4))
     x = numbers(2, 3, 4)
@@ -373,7 +203,7 @@ def test_bad_argument_is_told(make, message):
     [
         GroupNorm(groups=2, epsilon=1e-3),
         ResnetBlock(8, 4, 1e-6, time=True, zero=True),
-        layers.Attention(8, 2, use_bias=True, causal=True),
+        Attention(8, 2, use_bias=True, causal=True),
         AttentionBlock(8, 4, 1e-5),
         TransformerBlock(8, 2, 1e-6, "tanh"),
         SpatialTransformer(8, 2, 2, 4, True, 1e-6, 1e-5, "tanh"),

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from ldm_files import CONFIGS, DTYPES, prefixed, save
 
+from latentdiff import cli
 from latentdiff.checkpoints import diffusers
 from latentdiff.checkpoints.files import CheckpointError
 from latentdiff.checkpoints.sources import open_source
+from latentdiff.pictures import Settings
 
 UNET, FIRST_STAGE, COND_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 KINDS = ("unet", "autoencoder", "text_encoder")
@@ -300,6 +302,12 @@ def test_prediction_that_nobody_says_is_assumed_with_a_warning(tmp_path):
         assert source.settings().prediction == "v"
     assert source.sample_size() == (96, 96)  # and no second warning
     assert opened_sd2(tmp_path, prediction="eps").sample_size() == (64, 64)
+
+
+def test_the_commands_first_look_leaves_what_is_assumed_to_the_load(ldm, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cli._check_run(opened(tmp_path, ldm), Settings(prompt="a cat", preset="x", seed=0))
 
 
 def opened_sd2(tmp_path, **choices):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
-from latentdiff.models.layers import AttentionBlock, Downsample, ResnetBlock, Upsample, conv, group_norm, register
+from latentdiff.models.attention import AttentionBlock
+from latentdiff.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm, register
 
 
 def build_encoder(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import keras
 
+from latentdiff.models.attention import CLIPLayer
 from latentdiff.models.layers import (
     ClassToken,
-    CLIPLayer,
     PositionEmbedding,
     dense,
     kernel_initializer,

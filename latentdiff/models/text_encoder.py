@@ -5,7 +5,8 @@ Reference: Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
 
 import keras
 
-from latentdiff.models.layers import CLIPLayer, PositionEmbedding, embedding_initializer, layer_norm, register
+from latentdiff.models.attention import CLIPLayer
+from latentdiff.models.layers import PositionEmbedding, embedding_initializer, layer_norm, register
 
 
 @register

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import keras
 
+from latentdiff.models.attention import SpatialTransformer
 from latentdiff.models.layers import (
     Downsample,
     ResnetBlock,
-    SpatialTransformer,
     TimestepEmbedding,
     Upsample,
     conv,

@@ -1,0 +1,342 @@
+"""Attention, and the transformers made of it: the UNet's, the autoencoder's and CLIP's.
+
+Images are channels last, (B, H, W, C); sequences are (B, N, D).
+References: Vaswani et al. 2017, eq. 1, arXiv:1706.03762; Rombach et al. 2022, appendix E, arXiv:2112.10752;
+Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from latentdiff.backend import has_gpu
+from latentdiff.models.layers import Block, check_groups, conv, dense, group_norm, heads_of, layer_norm, register
+
+QUERY_CHUNK = 512  # queries attended to at once when there are more than twice as many; scores stay in cache
+
+
+def attend(query, key, value, heads: int, causal: bool = False):
+    """Scaled dot-product attention, softmax in float32; many queries in chunks, or in one operation.
+
+    Args:
+        query: (B, N, D); key, value: (B, S, D).
+        heads: divides D.
+        causal: whether position n sees only positions up to n.
+
+    Returns:
+        (B, N, D).
+
+    Reference: Vaswani et al. 2017, eq. 1; chunks: Rabe and Staats 2021, arXiv:2112.05682; one operation: Dao et al.
+    2022, arXiv:2205.14135.
+    """
+    size = query.shape[-1] // heads
+
+    def split(x):
+        return ops.reshape(x, (-1, ops.shape(x)[1], heads, size))
+
+    if has_flash_attention(keras.backend.standardize_dtype(query.dtype), size):
+        out = ops.dot_product_attention(split(query), split(key), split(value), is_causal=causal)
+        return ops.reshape(out, (-1, ops.shape(out)[1], heads * size))
+    q = ops.transpose(split(query), (0, 2, 1, 3)) * (1 / math.sqrt(size))  # (B, heads, N, D / heads)
+    k = ops.transpose(split(key), (0, 2, 3, 1))  # (B, heads, D / heads, S)
+    v = ops.transpose(split(value), (0, 2, 1, 3))  # (B, heads, S, D / heads)
+
+    if keras.backend.standardize_dtype(q.dtype) == "float16":
+        q, k = ops.cast(q, "float32"), ops.cast(k, "float32")  # SD 2.x's scores pass 65504
+
+    def rows(q):
+        scores = ops.cast(ops.matmul(q, k), "float32")  # (B, heads, n, S)
+        if causal:
+            n = ops.shape(scores)[-1]
+            hidden = ops.arange(n)[None, :] > ops.arange(n)[:, None]
+            scores = scores + ops.cast(hidden, "float32") * -1e9
+        return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), v.dtype), v)  # (B, heads, n, D / heads)
+
+    n = query.shape[1]
+    if n is None or n <= 2 * QUERY_CHUNK or causal:
+        out = rows(q)
+    else:
+        out = ops.concatenate([rows(q[:, :, i : i + QUERY_CHUNK]) for i in range(0, n, QUERY_CHUNK)], axis=2)
+    out = ops.transpose(out, (0, 2, 1, 3))  # (B, N, heads, D / heads)
+    return ops.reshape(out, (-1, ops.shape(out)[1], heads * size))
+
+
+def has_flash_attention(dtype: str, size: int) -> bool:
+    """Whether attention in a dtype, with heads of a size, is one operation that never holds its scores: cuDNN's."""
+    on_gpu = keras.backend.backend() == "jax" and has_gpu()
+    return on_gpu and dtype in ("float16", "bfloat16") and size % 8 == 0 and size <= 128
+
+
+@register
+class Attention(Block):
+    """Multi-head attention of a sequence over itself or over a context.
+
+    Args:
+        width: D, of the sequence that comes in and goes out.
+        heads: divides `width`.
+        use_bias: whether query, key and value have biases (out always has).
+        causal: whether a position sees only those up to itself.
+        zero: whether the block starts at zero.
+
+    Raises:
+        ValueError: `heads` does not divide `width`.
+    """
+
+    def __init__(self, width: int, heads: int, use_bias=False, causal=False, zero=False, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        heads_of(width, heads)
+        self.heads, self.causal = heads, causal
+        policy = self.dtype_policy
+        self.query = dense(width, "query", policy, use_bias)
+        self.key = dense(width, "key", policy, use_bias)
+        self.value = dense(width, "value", policy, use_bias)
+        self.out = dense(width, "out", policy, zero=zero)
+
+    def build(self, x_shape, context_shape=None):
+        context_shape = context_shape or x_shape
+        self.build_parts(query=x_shape, key=context_shape, value=context_shape, out=x_shape)
+
+    def call(self, x, context=None):
+        """x: (B, N, D), context: (B, S, E) or None for x itself -> (B, N, D)."""
+        context = x if context is None else context
+        return self.out(attend(self.query(x), self.key(context), self.value(context), self.heads, self.causal))
+
+    def compute_output_shape(self, x_shape, context_shape=None):
+        return x_shape
+
+
+@register
+class AttentionBlock(Block):
+    """The autoencoder's attention: one head over all positions, behind a norm, added to its input.
+
+    Args:
+        channels: C.
+        groups: groups of the norm.
+        norm_epsilon: epsilon of the norm.
+
+    Raises:
+        ValueError: `groups` does not divide the channels.
+
+    Reference: `documents`' AttentionBlock.
+    """
+
+    def __init__(self, channels: int, groups: int, norm_epsilon=1e-6, name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        check_groups(channels, groups)
+        policy = self.dtype_policy
+        self.norm = group_norm(groups, norm_epsilon, "norm", policy)
+        self.query = dense(channels, "query", policy)
+        self.key = dense(channels, "key", policy)
+        self.value = dense(channels, "value", policy)
+        self.out = dense(channels, "out", policy)
+
+    def build(self, x_shape):
+        sequence = (x_shape[0], None, x_shape[-1])
+        self.build_parts(norm=x_shape, query=sequence, key=sequence, value=sequence, out=sequence)
+
+    def call(self, x):
+        """x: (B, H, W, C) -> (B, H, W, C)."""
+        h = flatten_positions(self.norm(x))  # (B, N, C)
+        h = self.out(attend(self.query(h), self.key(h), self.value(h), heads=1))
+        return x + ops.reshape(h, ops.shape(x))
+
+    def compute_output_shape(self, x_shape):
+        return x_shape
+
+
+def flatten_positions(x):
+    """(B, H, W, C) -> (B, N, C), N = H * W."""
+    _, height, width, channels = ops.shape(x)
+    return ops.reshape(x, (-1, height * width, channels))
+
+
+@register
+class TransformerBlock(Block):
+    """Self-attention, cross-attention over the context and a gated MLP, each behind a norm and added.
+
+    Args:
+        width: D.
+        heads: divides `width`.
+        norm_epsilon: epsilon of the layer norms.
+        gelu: of the MLP's gate, "exact" or "tanh".
+
+    Raises:
+        ValueError: unknown `gelu`, or `heads` does not divide `width`.
+
+    Reference: Rombach et al. 2022, appendix E.2.1; GEGLU: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, width: int, heads: int, norm_epsilon=1e-5, gelu="exact", name=None, dtype=None):
+        super().__init__(locals(), name=name, dtype=dtype)
+        if gelu not in GELUS:
+            raise ValueError(f"`gelu` must be one of {', '.join(GELUS)}. Received: gelu={gelu!r}.")
+        policy = self.dtype_policy
+        self.gelu = GELUS[gelu]
+        self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
+        self.self_attention = Attention(width, heads, name="self_attention", dtype=policy)
+        self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
+        self.cross_attention = Attention(width, heads, name="cross_attention", dtype=policy)
+        self.norm_3 = layer_norm(norm_epsilon, "norm_3", policy)
+        self.geglu = dense(8 * width, "geglu", policy)
+        self.mlp_out = dense(width, "mlp_out", policy)
+
+    def build(self, x_shape, context_shape):
+        wide = (*x_shape[:-1], 4 * x_shape[-1])
+        self.build_parts(norm_1=x_shape, norm_2=x_shape, norm_3=x_shape)
+        self.build_parts(self_attention=x_shape, geglu=x_shape, mlp_out=wide)
+        self.cross_attention.build(x_shape, context_shape)
+
+    def call(self, x, context):
+        """x: (B, N, D), context: (B, S, E) -> (B, N, D)."""
+        x = x + self.self_attention(self.norm_1(x))
+        x = x + self.cross_attention(self.norm_2(x), context)
+        value, gate = ops.split(self.geglu(self.norm_3(x)), 2, axis=-1)
+        return x + self.mlp_out(value * self.gelu(gate))
+
+    def compute_output_shape(self, x_shape, context_shape):
+        return x_shape
+
+
+@register
+class SpatialTransformer(Block):
+    """Transformer blocks over the positions of a feature map, behind a norm and projections, added to it.
+
+    Args:
+        channels: C, also the width of the blocks.
+        heads: divides `channels`.
+        depth: how many blocks.
+        groups: groups of the norm at the entry.
+        dense_projection: projections are dense layers (SD 2.x) and not 1 x 1 convolutions (SD 1.x).
+        norm_epsilon: epsilon of the layer norms.
+        entry_epsilon: epsilon of the norm at the entry.
+        gelu: of the MLPs' gates, "exact" or "tanh".
+
+    Raises:
+        ValueError: `heads` or `groups` does not divide the channels, or `gelu` is unknown.
+
+    Reference: Rombach et al. 2022, appendix E.2.1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        depth: int = 1,
+        groups: int = 32,
+        dense_projection: bool = False,
+        norm_epsilon: float = 1e-5,
+        entry_epsilon: float = 1e-6,
+        gelu: str = "exact",
+        name=None,
+        dtype=None,
+    ):
+        super().__init__(locals(), name=name, dtype=dtype)
+        check_groups(channels, groups)
+        policy = self.dtype_policy
+        self.dense_projection = dense_projection
+        self.norm = group_norm(groups, entry_epsilon, "norm", policy)
+        if dense_projection:
+            self.proj_in = dense(channels, "proj_in", policy)
+            self.proj_out = dense(channels, "proj_out", policy, zero=True)
+        else:
+            self.proj_in = conv(channels, 1, "proj_in", policy)
+            self.proj_out = conv(channels, 1, "proj_out", policy, zero=True)
+        self.blocks = [
+            TransformerBlock(channels, heads, norm_epsilon, gelu, name=f"block_{i}", dtype=policy) for i in range(depth)
+        ]
+
+    def build(self, x_shape, context_shape):
+        sequence = (x_shape[0], None, x_shape[-1])
+        projected = sequence if self.dense_projection else x_shape
+        self.build_parts(norm=x_shape, proj_in=projected, proj_out=projected)
+        for block in self.blocks:
+            block.build(sequence, context_shape)
+
+    def call(self, x, context):
+        """x: (B, H, W, C), context: (B, S, E) -> (B, H, W, C)."""
+        h = self.norm(x)
+        h = self.proj_in(flatten_positions(h)) if self.dense_projection else flatten_positions(self.proj_in(h))
+        for block in self.blocks:
+            h = block(h, context)  # (B, N, C)
+        if self.dense_projection:
+            return x + ops.reshape(self.proj_out(h), ops.shape(x))
+        return x + self.proj_out(ops.reshape(h, ops.shape(x)))
+
+    def compute_output_shape(self, x_shape, context_shape):
+        return x_shape
+
+
+@register
+class CLIPLayer(Block):
+    """One layer of CLIP's transformers: self-attention and an MLP, each behind a norm and added.
+
+    Args:
+        width: D.
+        heads: divides `width`.
+        mlp_width: width between the two dense layers.
+        activation: "quick_gelu" (CLIP), "gelu" (OpenCLIP) or "gelu_tanh" (KerasCV's OpenCLIP).
+        norm_epsilon: epsilon of the norms.
+        causal: whether a position sees only those up to itself, as in the text's transformer and not in the image's.
+
+    Raises:
+        ValueError: unknown `activation`, or `heads` does not divide `width`.
+
+    Reference: Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        activation: str = "quick_gelu",
+        norm_epsilon: float = 1e-5,
+        causal: bool = True,
+        name=None,
+        dtype=None,
+    ):
+        super().__init__(locals(), name=name, dtype=dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"`activation` must be one of {sorted(ACTIVATIONS)}. Received: activation={activation!r}.")
+        policy = self.dtype_policy
+        self.activation = ACTIVATIONS[activation]
+        self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
+        self.attention = Attention(width, heads, use_bias=True, causal=causal, name="attention", dtype=policy)
+        self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
+        self.mlp_1 = dense(mlp_width, "mlp_1", policy)
+        self.mlp_2 = dense(width, "mlp_2", policy)
+
+    def build(self, x_shape):
+        wide = (*x_shape[:-1], self.arguments["mlp_width"])
+        self.build_parts(norm_1=x_shape, attention=x_shape, norm_2=x_shape, mlp_1=x_shape, mlp_2=wide)
+
+    def call(self, x):
+        """x: (B, S, D) -> (B, S, D)."""
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp_2(self.activation(self.mlp_1(self.norm_2(x))))
+
+    def compute_output_shape(self, x_shape):
+        return x_shape
+
+
+def quick_gelu(x):
+    """x sigmoid(1.702 x), CLIP's activation."""
+    return x * ops.sigmoid(1.702 * x)
+
+
+def gelu(x):
+    """x Phi(x), exact."""
+    return ops.gelu(x, approximate=False)
+
+
+def gelu_tanh(x):
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, near x Phi(x).
+
+    Reference: Hendrycks and Gimpel 2016, sec. 2, arXiv:1606.08415.
+    """
+    return ops.gelu(x, approximate=True)
+
+
+GELUS = {"exact": gelu, "tanh": gelu_tanh}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
