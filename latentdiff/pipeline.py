@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from latentdiff import presets
-from latentdiff.backend import Compiled, to_numpy
+from latentdiff.backend import Compiled, has_gpu, to_numpy
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import Guided
 from latentdiff.diffusion.noise import normal
@@ -52,6 +52,8 @@ class TextToImage:
         tokenizer, text_encoder, unet, autoencoder: the parts, each of which can be called alone.
         settings: schedule, prediction and the directory's own sampler.
         dtype: what the networks compute in, such as "float32".
+        loops_inside: whether the sampler's loop is in one compiled function where nobody wants to see its steps; by
+            default on a GPU, which then never waits for Python.
 
     Raises:
         ValueError, ImportError: the engine cannot be had; see `engine.check_engine`.
@@ -60,6 +62,7 @@ class TextToImage:
     def __init__(self, parts: presets.Parts, engine: str = "keras"):
         check_engine(engine, keras.backend.backend())
         self.parts, self.engine = parts, engine
+        self.loops_inside = engine == "keras" and has_gpu()
         check_free(engine, parts.files)
         self.tokenizer, self.settings = parts.tokenizer, parts.settings
         self._weights = WeightsOnDemand(parts)
@@ -76,6 +79,7 @@ class TextToImage:
         self._normal = Compiled(self._noise, [])
         self._features = Compiled(self._deep_features, [parts.unet])
         self._steps: dict[tuple[bool, float | None, bool], Compiled | StepAfter] = {}
+        self._loops: dict[tuple[bool, float | None, bool], Compiled] = {}
 
     @classmethod
     def from_preset(
@@ -152,7 +156,7 @@ class TextToImage:
     def traces(self) -> int:
         """How often a function of this pipeline was traced so far; a second call like the first adds none."""
         functions = (self._encode, self._predict, self._decode, self._decode_tiled, self._normal, self._features)
-        functions = (*functions, *self._steps.values())
+        functions = (*functions, *self._steps.values(), *self._loops.values())
         return sum(function.traces for function in functions if function is not None)
 
     def generate(
@@ -272,26 +276,50 @@ class TextToImage:
         the UNet's deep features last, (B or 2 B, h, w, C), and computes the rest.
         """
         if (guided, clip, shallow) not in self._steps:
-            shallow_network = self._split[1] if shallow else None
-
-            def run(state, context, timestep, signal, noise, row, fresh, scale, rescale, *features):
-                def network(x_t, t):
-                    if self._predict:
-                        return context  # the prediction already, of a `StepAfter`
-                    if shallow_network:
-                        return shallow_network([x_t, t, context, *features], training=False)
-                    return self.parts.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
-
-                denoiser = Denoiser(network, self.settings.prediction, clip=clip)
-                guide = Guided(denoiser, scale, rescale=rescale) if guided else denoiser
-                x0_hat, eps_hat = guide(state[0], timestep, signal, noise)
-                return step(row, state, x0_hat, eps_hat, fresh)
-
-            compiled = Compiled(run, [self.parts.unet])
+            compiled = Compiled(self._step_of(guided, clip, shallow), [self.parts.unet])
             embed = self.parts.unet.get_layer("timestep_embedding")
             step_after = self._predict and StepAfter(self._predict, embed, compiled)
             self._steps[guided, clip, shallow] = step_after or compiled
         return self._steps[guided, clip, shallow]
+
+    def loop_function(self, guided: bool, clip: float | None, noisy: bool) -> Compiled:
+        """The sampler's whole loop as one compiled function, for accelerators; it serves what `step_function` serves.
+
+        It takes state (4, B, h, w, c), context (B or 2 B, S, D), the split seeds, the table's number of rows () and its
+        timestep, signal, noise (bound,) and matrix (bound, 4, 7), guidance's scale () and rescale (), and gives the
+        last state. `noisy` tells whether a row takes fresh noise.
+        """
+        if (guided, clip, noisy) not in self._loops:
+            next_state = self._step_of(guided, clip)
+
+            def run(state, context, seeds, num_rows, timestep, signal, noise, matrix, scale, rescale):
+                def body(i, state):
+                    fresh = self._noise(seeds, i + 1, state[0, 0]) if noisy else ops.zeros_like(state[0])
+                    row = (timestep[i], signal[i], noise[i], matrix[i])
+                    return i + 1, next_state(state, context, *row, fresh, scale, rescale)
+
+                return ops.while_loop(lambda i, _: i < num_rows, body, (ops.zeros((), "int32"), state))[1]
+
+            self._loops[guided, clip, noisy] = Compiled(run, [self.parts.unet])
+        return self._loops[guided, clip, noisy]
+
+    def _step_of(self, guided: bool, clip: float | None, shallow: bool = False) -> Callable[..., Any]:
+        shallow_network = self._split[1] if shallow else None
+
+        def run(state, context, timestep, signal, noise, row, fresh, scale, rescale, *features):
+            def network(x_t, t):
+                if self._predict:
+                    return context  # the prediction already, of a `StepAfter`
+                if shallow_network:
+                    return shallow_network([x_t, t, context, *features], training=False)
+                return self.parts.unet({"latent": x_t, "timestep": t, "context": context}, training=False)
+
+            denoiser = Denoiser(network, self.settings.prediction, clip=clip)
+            guide = Guided(denoiser, scale, rescale=rescale) if guided else denoiser
+            x0_hat, eps_hat = guide(state[0], timestep, signal, noise)
+            return step(row, state, x0_hat, eps_hat, fresh)
+
+        return run
 
     @functools.cached_property
     def _split(self) -> tuple[keras.Model, keras.Model]:

@@ -96,6 +96,11 @@ class SamplingRun:
         """The latent after the last row, and whether the run was not stopped."""
         table = self.table
         state = initial_state(self.fresh(0) * table.initial_scale)
+        if self.pipeline.loops_inside and callback is None and cache_interval == 1 and self._alike():
+            state = self._inside(state)
+            for _ in range(table.num_rows if bar else 0):
+                bar.add()
+            return state[0], True
         whole = whole_rows(self.guided[: table.num_rows], cache_interval)
         features = ()
         for i in range(table.num_rows):
@@ -116,6 +121,19 @@ class SamplingRun:
                 if wish is not None and not wish:
                     return state[0], False
         return state[0], True
+
+    def _alike(self) -> bool:
+        """Whether the rows differ in their numbers alone: all are guided or none, and their noise is the seeds'."""
+        guided = self.guided[: self.table.num_rows]
+        return (self.noise is None or len(self.noise) == 1) and guided.all() == guided.any()
+
+    def _inside(self, state):
+        """The last state, of a loop within the compiled function."""
+        table, guided = self.table, bool(self.guided[0])
+        columns = (column.astype("float32") for column in (table.timestep, table.signal, table.noise, table.matrix))
+        run = self.pipeline.loop_function(guided, self.clip, table.needs_noise)
+        context = self.both if guided else self.context
+        return run(state, context, self.seeds, np.int32(table.num_rows), *columns, self.scale, self.rescale)
 
     def fresh(self, k: int):
         """The noise of row k - 1, or for k = 0 the initial noise: (B, h, w, c)."""

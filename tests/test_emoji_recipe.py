@@ -1,6 +1,7 @@
 """The emoji recipe: what is fetched, drawn, split, said and encoded."""
 
 import collections
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,7 +24,10 @@ import records  # noqa: E402
 import render  # noqa: E402
 import vocabulary  # noqa: E402
 
+from latentdiff.data import index_source  # noqa: E402
+from latentdiff.data.records import read_record  # noqa: E402
 from latentdiff.models.tokenizer import CLIPTokenizer  # noqa: E402
+from latentdiff.training_config import read_config  # noqa: E402
 
 FIXTURE = ROOT / "tests" / "fixtures" / "emoji"
 STYLES = ("fluent", "noto", "twemoji")
@@ -129,16 +133,34 @@ def test_the_fixture_gives_its_pictures_and_leaves_zero_padded_code_points_out(b
     ]
 
 
-def test_rows_of_the_shard_are_the_pictures_of_the_gallery_in_the_index_order(built):
+def test_index_is_in_the_order_of_hand_and_code_points(built):
+    rows = records.read_index(built[0] / "index.jsonl")
+    assert [(r.style, r.codepoints) for r in rows] == sorted((r.style, r.codepoints) for r in rows) and len(rows) == 19
+
+
+def test_shards_hold_what_is_trained_on_with_its_captions_and_the_rare_twice(built, monkeypatch):
     output, _ = built
-    images = np.load(output / "images.npy", mmap_mode="r")
-    rows = records.read_index(output / "index.jsonl")
-    assert images.shape == (19, 128, 128, 3) and images.dtype == np.uint8
-    assert [(r.style, r.codepoints) for r in rows] == sorted((r.style, r.codepoints) for r in rows)
-    for image, row in zip(images, rows, strict=True):
-        with Image.open(output / "gallery" / row.style / f"{row.codepoints}.png") as picture:
-            assert picture.mode == "RGB"
-            np.testing.assert_array_equal(np.asarray(picture), image)
+    rows = [dataclasses.replace(r, held_out=False, validation=False) for r in records.read_index(output / "index.jsonl")]
+    rows[0] = dataclasses.replace(rows[0], held_out=True)
+    rows[1] = dataclasses.replace(rows[1], validation=True)
+    monkeypatch.setattr(render, "MANY", 6)  # the hand that waves, in two skin tones and three hands, reaches it
+    render.write_shards(output, rows)
+    shown = collections.Counter()
+    for i, example in enumerate(index_source(output / "train.array_record")):
+        picture = read_record(str(output / "train.array_record"), i)
+        (row,) = [r for r in rows[2:] if picture == (output / "gallery" / r.style / f"{r.codepoints}.png").read_bytes()]
+        showing = shown[row]
+        assert list(example.captions) == [captions.training_caption(row, f"{showing}/{k}") for k in range(16)]
+        shown[row] += 1
+    assert shown == {r: 1 if r.group == "1f44b" else 2 for r in rows[2:]}
+    (kept,) = index_source(output / "validation.array_record")
+    assert kept.captions[0] == captions.training_caption(rows[1], "0/0")
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "diffusion"])
+def test_configurations_are_right(kind):
+    config = read_config(kind, ROOT / "scripts" / f"emoji_{kind}.toml", {})
+    assert config.data == ["data/emoji/train.array_record"]
 
 
 def test_a_heart_is_red_on_white_in_every_hand(built):
@@ -179,7 +201,7 @@ def test_a_picture_that_does_not_draw_is_named_counted_and_left_out(data, body):
     summary = render.build(data)
     assert list(summary["left_out"]) == ["noto/2764"]
     assert summary["pictures"] == 18 and summary["by_style"]["noto"] == 5
-    assert np.load(data / "images.npy").shape[0] == len(records.read_index(data / "index.jsonl")) == 18
+    assert len(records.read_index(data / "index.jsonl")) == 18
     assert not (data / "gallery" / "noto" / "2764.png").exists()
 
 
@@ -420,7 +442,7 @@ WORDS = {
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
     tokens, merges = vocabulary.train(WORDS, 540)
-    vocabulary.save(directory, tokens, merges)
+    CLIPTokenizer(tokens, merges, context_length=vocabulary.CONTEXT_LENGTH).save(directory)
     return directory, tokens, merges
 
 

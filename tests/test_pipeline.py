@@ -261,6 +261,29 @@ def test_guidance_is_switched_on_and_off_at_one_trace_each(generate, tiny_pipe):
     assert tiny_pipe.traces == before
 
 
+def test_loop_within_the_function_makes_the_same_picture_and_traces_nothing_again(generate, tiny_pipe, monkeypatch):
+    kinds = [{"sampler": name, **more} for name in ("euler", "ddpm") for more in ({}, {"guidance_scale": 1})]
+    others = [{"sampler": "dpmpp_2m", "num_steps": 6}, {"sampler": "heun", "noise": numbers(2, *LATENT)}]
+    expected = [generate(**case) for case in kinds + others]
+    monkeypatch.setattr(tiny_pipe, "loops_inside", True)
+    monkeypatch.setattr(tiny_pipe, "step_function", None)
+    made = [generate(**case) for case in kinds]
+    traces = tiny_pipe.traces
+    made += [generate(**case) for case in others]
+    assert tiny_pipe.traces == traces
+    assert max(map(grey_levels, made, expected)) <= 1
+
+
+def test_loop_within_the_function_is_left_where_somebody_looks_on(generate, tiny_pipe, monkeypatch):
+    monkeypatch.setattr(tiny_pipe, "loops_inside", True)
+    monkeypatch.setattr(tiny_pipe, "loop_function", None)
+    rows = []
+    generate(callback=lambda row, latent: rows.append(row))
+    assert rows[-1] == len(rows) > 1
+    generate(guidance_interval=(0, 2))
+    generate(cache_interval=2)
+
+
 def test_table_is_the_schedules_of_the_settings(tiny_pipe):
     expected = make_table("euler", scaled_linear_schedule(), 4)
     table = read_table("euler", 4, 0.0, tiny_pipe.settings, tiny_pipe.schedule)

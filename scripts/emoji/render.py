@@ -1,11 +1,12 @@
-"""Renders every emoji in its three hands, 128 x 128 on white, into a gallery and a shard for training.
+"""Renders every emoji in its three hands, 128 x 128 on white, into a gallery and shards for training.
 
 usage: python scripts/emoji/render.py [--output data/emoji]     (after fetch.py)
 
 Writes
     OUTPUT/gallery/STYLE/CODEPOINTS.png   what judge_emoji.py reads; code points in hex joined by "-", without fe0f
-    OUTPUT/images.npy                     uint8 (N, 128, 128, 3), to be opened with mmap_mode="r"
-    OUTPUT/index.jsonl                    N lines, one `records.Record` each, in the order of images.npy
+    OUTPUT/train.array_record             the pictures that are trained on, each with CAPTIONS captions
+    OUTPUT/validation.array_record        those that hyperparameters may be chosen by
+    OUTPUT/index.jsonl                    N lines, one `records.Record` each, by style and code points
     OUTPUT/summary.json                   counts, and the pictures that did not render, by name
 """
 
@@ -22,12 +23,17 @@ import emoji
 import fetch
 import numpy as np
 import resvg_py
+from captions import training_caption
 from judge_emoji import held_out
 from PIL import Image
 from records import VARIATION, Record, base_group, codepoints_of, is_validation, write_index
 
+from latentdiff.data import write_array_record
+
 SIZE = 128
 EMOJI_VERSION = "2.16.0"
+CAPTIONS = 16  # of each showing of a picture
+MANY = 18  # pictures of one base emoji; those of one that has fewer are shown twice as often
 
 
 class BrokenPicture(ValueError):
@@ -217,8 +223,22 @@ def summarize(records: Iterable[Record], left_out: Mapping[str, str]) -> dict:
     }
 
 
+def write_shards(output: pathlib.Path, records: list[Record]) -> None:
+    """Writes the pictures of the gallery that are not held out, with captions; each emoji that has few twice."""
+    counts = collections.Counter(r.group for r in records if not (r.held_out or r.validation))
+
+    def examples(chosen: Iterable[Record]):
+        for record in chosen:
+            picture = (output / "gallery" / record.style / f"{record.codepoints}.png").read_bytes()
+            for showing in range(1 if record.validation or counts[record.group] >= MANY else 2):
+                yield picture, [training_caption(record, f"{showing}/{i}") for i in range(CAPTIONS)]
+
+    write_array_record(output / "train.array_record", examples(r for r in records if not (r.held_out or r.validation)))
+    write_array_record(output / "validation.array_record", examples(r for r in records if r.validation))
+
+
 def build(output: pathlib.Path) -> dict:
-    """Renders everything and writes gallery, shard, index and summary.
+    """Renders everything and writes gallery, shards, index and summary.
 
     Args:
         output: the recipe's data directory, fetched.
@@ -228,7 +248,6 @@ def build(output: pathlib.Path) -> dict:
     """
     records, icons = make_records(output)
     sets = {s: read_json(fetch.package_directory(p, output) / "icons.json") for s, p in fetch.STYLES.items()}
-    images = np.empty((len(records), SIZE, SIZE, 3), np.uint8)
     kept, left_out = [], {}
     for record, icon in zip(records, icons, strict=True):
         path = output / "gallery" / record.style / f"{record.codepoints}.png"
@@ -238,11 +257,10 @@ def build(output: pathlib.Path) -> dict:
             left_out[f"{record.style}/{record.codepoints}"] = str(error)
             path.unlink(missing_ok=True)
             continue
-        images[len(kept)] = image
         kept.append(record)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    np.save(output / "images.npy", images[: len(kept)])
+    write_shards(output, kept)
     write_index(output / "index.jsonl", kept)
     summary = summarize(kept, left_out)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,10 @@ import fetch
 from records import Record, read_index
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from latentdiff.models.tokenizer import CLIPTokenizer
+
 END_OF_WORD = "</w>"
+CONTEXT_LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -103,14 +106,6 @@ def train(counts: Mapping[str, int], size: int = 4096) -> tuple[dict[str, int], 
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def save(directory: pathlib.Path, vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> None:
-    """Writes vocab.json and merges.txt as CLIP's tokenizers read them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def read_tiers(data: pathlib.Path) -> dict[int, set[str]]:
     """The word list's tiers, words common to all English and those of American and British spelling together.
 
@@ -138,7 +133,7 @@ def main() -> None:
     output = arguments.output or arguments.data / "tokenizer"
     counts = word_counts(read_index(arguments.data / "index.jsonl"), read_tiers(arguments.data))
     vocabulary, merges = train(counts, arguments.size)
-    save(output, vocabulary, merges)
+    CLIPTokenizer(vocabulary, merges, context_length=CONTEXT_LENGTH).save(output)
     print(f"{output}: {len(vocabulary)} tokens, {len(merges)} merges from {len(counts)} texts")
 
 
