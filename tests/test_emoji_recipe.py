@@ -140,7 +140,8 @@ def test_index_is_in_the_order_of_hand_and_code_points(built):
 
 def test_shards_hold_what_is_trained_on_with_its_captions_and_the_rare_twice(built, monkeypatch):
     output, _ = built
-    rows = [dataclasses.replace(r, held_out=False, validation=False) for r in records.read_index(output / "index.jsonl")]
+    rows = records.read_index(output / "index.jsonl")
+    rows = [dataclasses.replace(row, held_out=False, validation=False) for row in rows]
     rows[0] = dataclasses.replace(rows[0], held_out=True)
     rows[1] = dataclasses.replace(rows[1], validation=True)
     monkeypatch.setattr(render, "MANY", 6)  # the hand that waves, in two skin tones and three hands, reaches it
