@@ -166,6 +166,17 @@ def has_gpu() -> bool:
     return False
 
 
+@functools.cache
+def has_cudnn_attention() -> bool:
+    """Whether Keras' attention in half precision is one operation of cuDNN's, which never holds its scores."""
+    if keras.backend.backend() != "jax" or not has_gpu():
+        return False
+    import jax
+
+    major, _, _ = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
+    return major.isdigit() and int(major) >= 8
+
+
 def fit_compilation() -> bool | str:
     """What a training's `compile` is told as `jit_compile`: plain graphs on TensorFlow, elsewhere Keras' own choice."""
     return False if keras.backend.backend() == "tensorflow" else "auto"

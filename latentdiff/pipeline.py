@@ -62,7 +62,7 @@ class TextToImage:
     def __init__(self, parts: presets.Parts, engine: str = "keras"):
         check_engine(engine, keras.backend.backend())
         self.parts, self.engine = parts, engine
-        self.loops_inside = engine == "keras" and has_gpu()
+        self.loops_inside = has_gpu()
         check_free(engine, parts.files)
         self.tokenizer, self.settings = parts.tokenizer, parts.settings
         self._weights = WeightsOnDemand(parts)
@@ -79,7 +79,7 @@ class TextToImage:
         self._normal = Compiled(self._noise, [])
         self._features = Compiled(self._deep_features, [parts.unet])
         self._steps: dict[tuple[bool, float | None, bool], Compiled | StepAfter] = {}
-        self._loops: dict[tuple[bool, float | None, bool], Compiled] = {}
+        self._loops: dict[tuple[bool, float | None], Compiled] = {}
 
     @classmethod
     def from_preset(
@@ -205,7 +205,7 @@ class TextToImage:
             batch_size: how many images are made at a time; None is all.
             tiled: whether images are decoded one after the other in strips of rows, which takes less memory and gives
                 the same, in float32 within one grey level; None is those of more than `WHOLE` pixels. Not OpenVINO's.
-            progress: whether a bar shows the steps.
+            progress: whether a bar shows the steps; where the loop is inside, at its end.
             callback: is told the sampler's row, from 1 on, and the latent (b, h, w, c) float32 after it, of each part
                 of `batch_size` in turn. False ends the run there: that part is returned as it stands, and no later one.
             output: "image" or "latent".
@@ -282,26 +282,26 @@ class TextToImage:
             self._steps[guided, clip, shallow] = step_after or compiled
         return self._steps[guided, clip, shallow]
 
-    def loop_function(self, guided: bool, clip: float | None, noisy: bool) -> Compiled:
+    def loop_function(self, guided: bool, clip: float | None) -> Compiled:
         """The sampler's whole loop as one compiled function, for accelerators; it serves what `step_function` serves.
 
         It takes state (4, B, h, w, c), context (B or 2 B, S, D), the split seeds, the table's number of rows () and its
         timestep, signal, noise (bound,) and matrix (bound, 4, 7), guidance's scale () and rescale (), and gives the
-        last state. `noisy` tells whether a row takes fresh noise.
+        last state. Every row has fresh noise, which is little beside the UNet, whether its sampler takes it or not.
         """
-        if (guided, clip, noisy) not in self._loops:
+        if (guided, clip) not in self._loops:
             next_state = self._step_of(guided, clip)
 
             def run(state, context, seeds, num_rows, timestep, signal, noise, matrix, scale, rescale):
                 def body(i, state):
-                    fresh = self._noise(seeds, i + 1, state[0, 0]) if noisy else ops.zeros_like(state[0])
+                    fresh = self._noise(seeds, i + 1, state[0, 0])
                     row = (timestep[i], signal[i], noise[i], matrix[i])
                     return i + 1, next_state(state, context, *row, fresh, scale, rescale)
 
                 return ops.while_loop(lambda i, _: i < num_rows, body, (ops.zeros((), "int32"), state))[1]
 
-            self._loops[guided, clip, noisy] = Compiled(run, [self.parts.unet])
-        return self._loops[guided, clip, noisy]
+            self._loops[guided, clip] = Compiled(run, [self.parts.unet])
+        return self._loops[guided, clip]
 
     def _step_of(self, guided: bool, clip: float | None, shallow: bool = False) -> Callable[..., Any]:
         shallow_network = self._split[1] if shallow else None

@@ -1,5 +1,7 @@
 """One batch on its way through the sampler: a Python loop over a table's rows, with progress, previews and cancelling.
 
+On a GPU, where nobody looks on, the loop is within one compiled function.
+
 Deep features of the UNet that are shared between rows: Ma et al. 2023, arXiv:2312.00858.
 """
 
@@ -96,11 +98,11 @@ class SamplingRun:
         """The latent after the last row, and whether the run was not stopped."""
         table = self.table
         state = initial_state(self.fresh(0) * table.initial_scale)
-        if self.pipeline.loops_inside and callback is None and cache_interval == 1 and self._alike():
-            state = self._inside(state)
+        if callback is None and cache_interval == 1 and self._may_loop_inside():
+            latent = to_numpy(self._inside(state)[0], "float32")  # JAX goes on before it is computed
             for _ in range(table.num_rows if bar else 0):
                 bar.add()
-            return state[0], True
+            return latent, True
         whole = whole_rows(self.guided[: table.num_rows], cache_interval)
         features = ()
         for i in range(table.num_rows):
@@ -122,8 +124,10 @@ class SamplingRun:
                     return state[0], False
         return state[0], True
 
-    def _alike(self) -> bool:
-        """Whether the rows differ in their numbers alone: all are guided or none, and their noise is the seeds'."""
+    def _may_loop_inside(self) -> bool:
+        """Whether that is wished for and the rows differ in their numbers alone: in guidance not, nor in the noise."""
+        if not self.pipeline.loops_inside or self.pipeline.engine != "keras":
+            return False
         guided = self.guided[: self.table.num_rows]
         return (self.noise is None or len(self.noise) == 1) and guided.all() == guided.any()
 
@@ -131,7 +135,7 @@ class SamplingRun:
         """The last state, of a loop within the compiled function."""
         table, guided = self.table, bool(self.guided[0])
         columns = (column.astype("float32") for column in (table.timestep, table.signal, table.noise, table.matrix))
-        run = self.pipeline.loop_function(guided, self.clip, table.needs_noise)
+        run = self.pipeline.loop_function(guided, self.clip)
         context = self.both if guided else self.context
         return run(state, context, self.seeds, np.int32(table.num_rows), *columns, self.scale, self.rescale)
 

@@ -22,7 +22,8 @@ class Config:
         size: pixels; pictures have about size squared.
         max_ratio: of a picture's sides; above 1 pictures keep their shape, in buckets.
         max_broken: share of broken pictures at which the run stops.
-        validation: share of the pictures that is not trained on.
+        validation: share of the pictures that is not trained on, drawn by the seed.
+        validation_data: sources of such pictures, in place of the share.
         optimizer: "adamw" or "muon".
         learning_rate, warmup, decay: of `WarmupStableDecay`, in updates; `decay` is the share of the way down.
         weight_decay, clipnorm: the optimizer's; a `clipnorm` of 0 does not clip.
@@ -46,6 +47,7 @@ class Config:
     max_ratio: float = 1.0
     max_broken: float = 0.01
     validation: float = 0.02
+    validation_data: list[str] = typing.cast(Any, ())
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
     warmup: int = 100

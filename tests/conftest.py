@@ -56,7 +56,9 @@ def tiny_pipe():
 
     from latentdiff.pipeline import TextToImage
 
-    return TextToImage(tiny_models.parts())
+    pipe = TextToImage(tiny_models.parts())
+    pipe.loops_inside = False  # on a GPU too
+    return pipe
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Attention and its transformers against NumPy."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from keras import ops
 from numpy_layers import attended, gelu, gelu_tanh, group_normalized, layer_normalized, multi_head, random_weights
 from tiny_models import numbers, randomize, relative_error, run, to_numpy
 
+from latentdiff import backend
 from latentdiff.models import attention
 from latentdiff.models.attention import (
     AttentionBlock,
@@ -78,8 +81,18 @@ def test_flash_attention_is_attention(causal, monkeypatch):
     ],
 )
 def test_flash_attention_is_taken_where_cudnn_has_it(gpu, dtype, size, there, monkeypatch):
-    monkeypatch.setattr(attention, "has_gpu", lambda: gpu)
-    assert has_flash_attention(dtype, size) == (there and keras.backend.backend() == "jax")
+    monkeypatch.setattr(attention, "has_cudnn_attention", lambda: gpu)
+    assert has_flash_attention(dtype, size) == there
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="TensorFlow has no such operation")
+@pytest.mark.parametrize(("capability", "there"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)])
+def test_cudnn_attention_needs_nvidias_newer_processors(capability, there, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert backend.has_cudnn_attention.__wrapped__() == there
 
 
 @pytest.mark.parametrize(("name", "function"), [("exact", gelu), ("tanh", gelu_tanh)])

@@ -465,7 +465,7 @@ def test_the_tokenizer_opens_the_vocabulary_and_nothing_is_unknown(trained):
     directory, tokens, _ = trained
     tokenizer = CLIPTokenizer.from_directory(directory)
     names = {token_id: token for token, token_id in tokens.items()}
-    assert tokenizer.vocabulary_size == 540
+    assert tokenizer.vocabulary_size == 540 and tokenizer.context_length == 32
     for prompt in ("A Red heart, noto style", "it's 42 €", "crème brûlée", "\N{MAMMOTH}", "漢字", "\x07\U000e0067"):
         ids = [int(i) for i in tokenizer(prompt)[0] if i not in (538, 539)]
         assert ids

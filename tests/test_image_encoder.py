@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from test_layers import attention, layer_normalized
+from numpy_layers import layer_normalized, multi_head
 from tiny_models import make, numbers, relative_error, run, to_numpy
 
 import latentdiff as ld
@@ -40,7 +40,7 @@ def expected_embedding(image, w):
     x = layer_normalized(x + w["position_embedding/embeddings"], w, "pre_norm")
     for i in range(2):
         part = {path.removeprefix(f"layer_{i}/"): value for path, value in w.items()}
-        x = x + attention(*[layer_normalized(x, part, "norm_1")] * 2, part, "attention", 2)
+        x = x + multi_head(*[layer_normalized(x, part, "norm_1")] * 2, part, "attention", 2)
         wide = layer_normalized(x, part, "norm_2") @ part["mlp_1/kernel"] + part["mlp_1/bias"]
         x = x + (wide / (1 + np.exp(-1.702 * wide))) @ part["mlp_2/kernel"] + part["mlp_2/bias"]
     return layer_normalized(x[:, 0], w, "post_norm") @ w["projection/kernel"]

@@ -14,6 +14,7 @@ from tiny_models import to_numpy
 
 import latentdiff as ld
 from latentdiff.cli import main
+from latentdiff.training.recipe import index_of
 from latentdiff.training_config import KINDS, read_config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -154,6 +155,19 @@ def test_subject_is_learnt_beside_its_class_from_a_loaded_model(diffusion, folde
         assert all((mine == theirs).all() for mine, theirs in pairs)
     pairs = zip(arrays(kept.unet), arrays(tuned.unet), strict=True)
     assert any((mine != theirs).any() for mine, theirs in pairs)
+
+
+def test_copies_of_a_picture_are_trained_on_or_held_together(folder, tmp_path):
+    for path in sorted((folder / "toy").glob("0001[0-9].png")):
+        for name in ("first", "second"):
+            (tmp_path / f"{name}_{path.name}").write_bytes(path.read_bytes())
+    values = {"data": [str(tmp_path)], "steps": 1, "validation": 0.5}
+    trained, held = index_of(read_config("autoencoder", None, values))
+    assert len(trained) + len(held) == 20 and len(held) > 0
+    assert not {e.digest for e in trained} & {e.digest for e in held}
+    values["validation_data"] = [str(folder / "toy")]
+    trained, held = index_of(read_config("autoencoder", None, {**values, "max_broken": 0.1}))
+    assert (len(trained), len(held)) == (20, 24)
 
 
 def test_rehearsal_leaves_nothing_behind(autoencoder, folder, capsys):

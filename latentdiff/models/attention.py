@@ -10,7 +10,7 @@ import math
 import keras
 from keras import ops
 
-from latentdiff.backend import has_gpu
+from latentdiff.backend import has_cudnn_attention
 from latentdiff.models.layers import Block, check_groups, conv, dense, group_norm, heads_of, layer_norm, register
 
 QUERY_CHUNK = 512  # queries attended to at once when there are more than twice as many; scores stay in cache
@@ -64,8 +64,7 @@ def attend(query, key, value, heads: int, causal: bool = False):
 
 def has_flash_attention(dtype: str, size: int) -> bool:
     """Whether attention in a dtype, with heads of a size, is one operation that never holds its scores: cuDNN's."""
-    on_gpu = keras.backend.backend() == "jax" and has_gpu()
-    return on_gpu and dtype in ("float16", "bfloat16") and size % 8 == 0 and size <= 128
+    return has_cudnn_attention() and dtype in ("float16", "bfloat16") and size % 8 == 0 and size <= 128
 
 
 @register

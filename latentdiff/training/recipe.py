@@ -138,10 +138,16 @@ def make_optimizer(config: Config) -> keras.optimizers.Optimizer:
 
 
 def index_of(config: Config, sources: list[str] | None = None) -> tuple[Index, Index]:
-    """The pictures that are trained on, and those of the validation, drawn by the seed."""
-    captions = not isinstance(config, AutoencoderConfig)
-    index = index_source(sources or list(config.data), require_captions=captions, max_broken=config.max_broken)
-    held = uniform(config.seed, np.arange(len(index))) < config.validation
+    """The pictures that are trained on and those of the validation: its own, or drawn by the seed, copies together."""
+
+    def indexed(sources: list[str]) -> Index:
+        captions = not isinstance(config, AutoencoderConfig)
+        return index_source(sources, require_captions=captions, max_broken=config.max_broken)
+
+    index = indexed(sources or list(config.data))
+    if config.validation_data:
+        return index, indexed(list(config.validation_data))
+    held = uniform(config.seed, np.array([int(e.digest[:13], 16) for e in index], "int64")) < config.validation
     return index.select(np.flatnonzero(~held)), index.select(np.flatnonzero(held))
 
 

@@ -1,7 +1,7 @@
 """Draws the pictures that the model is judged by, and sheets of them beside the true ones.
 
-usage: python scripts/emoji/draw.py [--data data/emoji] [--preset emoji] [--output runs/emoji/drawn]
-Then   python scripts/emoji/judge_emoji.py data/emoji/gallery runs/emoji/drawn
+usage: python scripts/emoji/draw.py [--data data/emoji] [--preset emoji] [--output runs/emoji_drawn]
+Then   python scripts/emoji/judge_emoji.py data/emoji/gallery runs/emoji_drawn
 
 Every held-out pair and the first seen ones, in the order of the split's hash, one picture each: the model's defaults,
 seed 0, as they come. The sheets, OUTPUT/seen.png and OUTPUT/held_out.png, show the first of each, the true drawing
@@ -93,7 +93,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, default="data/emoji")
     parser.add_argument("--preset", default="emoji")
-    parser.add_argument("--output", type=pathlib.Path, default="runs/emoji/drawn")
+    parser.add_argument("--output", type=pathlib.Path, default="runs/emoji_drawn")
     parser.add_argument("--seen", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=499)
     parser.add_argument("--batch-size", type=int, default=25)
