@@ -99,9 +99,7 @@ def export_saved_model(
             num_steps=num_steps,
             guidance_scale=guidance_scale,
         )
-        # Nobody trains what is served, and tracing the activations' gradients takes a fifth of the export.
-        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        tf.saved_model.save(signatures.module, str(fresh), signatures=signatures.functions, options=options)
+        tf.saved_model.save(signatures.module, str(fresh), signatures=signatures.functions)
         prompt = tf.constant(["a red heart"])
         one = {"prompt": prompt, "num_steps": tf.constant([1])}
         warm = [(f"generate_{h}x{w}" if i else "generate", one) for i, (h, w) in enumerate(pixels)]
