@@ -100,8 +100,9 @@ class SamplingRun:
         state = initial_state(self.fresh(0) * table.initial_scale)
         if callback is None and cache_interval == 1 and self._may_loop_inside():
             latent = to_numpy(self._inside(state)[0], "float32")  # JAX goes on before it is computed
-            for _ in range(table.num_rows if bar else 0):
-                bar.add()
+            if bar is not None:
+                for _ in range(table.num_rows):
+                    bar.add()
             return latent, True
         whole = whole_rows(self.guided[: table.num_rows], cache_interval)
         features = ()
