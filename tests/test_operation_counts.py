@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 from tiny_models import AUTOENCODER, LATENT, TEXT_ENCODER, UNET
 
+from latentdiff.models.layers import conv
 from latentdiff.models.unet import UNet
 
 if keras.backend.backend() != "tensorflow":
@@ -251,3 +252,19 @@ def test_no_weight_is_cast_in_a_network_that_holds_bfloat16():
     kinds = counted(graph, {"Rsqrt", "Softmax", "Erfc"})
     there_and_back = 2 * (kinds["Rsqrt"] + kinds["Softmax"])
     assert maps <= there_and_back + 1 + kinds["Erfc"]  # the latent, and each transformer block's context
+
+
+def test_gradient_of_a_convolution_by_product_writes_its_patches_once():
+    """Two products; the patches' gradient is cut, each cut is put among zeros, and those are added up."""
+    layer, shape = conv(128, 3, "conv"), (BATCH, 4, 8, 128)
+    layer.build(shape)
+
+    def gradient(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return tape.gradient(y, [x, layer.kernel.value], dy)
+
+    graph = graph_of(gradient, shape, shape)
+    kinds = counted(graph, {"MatMul", "Pad", "AddN", "StridedSliceGrad", "Conv2D", "Conv2DBackpropInput"})
+    assert kinds == {"MatMul": 3, "Pad": 1 + 9, "AddN": 1}

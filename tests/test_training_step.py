@@ -57,6 +57,17 @@ def test_averages_take_the_weights_place_and_give_it_back():
         np.testing.assert_array_equal(value, kept)
 
 
+def test_a_step_is_traced_once(monkeypatch):
+    """A tracing of a large network takes half a minute; its variables are all there before."""
+    traced = []
+    step = DiffusionTraining.train_step
+    monkeypatch.setattr(DiffusionTraining, "train_step", lambda *a: (traced.append(1), step(*a))[1])
+    model = toy_training(run_eagerly=False, ema_decay=0.5)
+    model.fit(ToyBatches(0, 3), verbose=0, shuffle=False)
+    model.fit(ToyBatches(0, 2), verbose=0, shuffle=False)
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_bad_decay_is_told(decay):
     with pytest.raises(ValueError, match="Received: ema_decay="):

@@ -23,8 +23,25 @@ class KernelMuon(keras.optimizers.Muon):
         return min(variable.shape[-2:]) < SMALLEST
 
     def zeropower_via_newtonschulz5(self, x, steps: int):
+        """What Keras' own gives, in half the time: the steps are taken by the smaller of X^T X and X X^T.
+
+        A step of Newton and Schulz is X <- X B, B = a I + b A + c A^2, A = X^T X; so the next A is B A B, and X is
+        multiplied once, at the end, by the product of all B, which are polynomials of one matrix and commute.
+        """
         shape = x.shape
-        return ops.reshape(super().zeropower_via_newtonschulz5(ops.reshape(x, (-1, shape[-1])), steps), shape)
+        x = ops.reshape(x, (-1, shape[-1]))
+        tall = x.shape[0] >= x.shape[1]
+        scale = 1 / (ops.norm(x) + 1e-7)
+        gram = ops.matmul(ops.transpose(x), x) if tall else ops.matmul(x, ops.transpose(x))
+        gram = gram * scale * scale  # of a matrix whose singular values are at most 1
+        one = ops.eye(gram.shape[0], dtype=gram.dtype)
+        product = one * scale
+        for step in range(steps):
+            factor = self.muon_a * one + ops.matmul(self.muon_b * one + self.muon_c * gram, gram)
+            product = ops.matmul(factor, product) if step else factor * scale
+            if step < steps - 1:
+                gram = ops.matmul(ops.matmul(factor, gram), factor)
+        return ops.reshape(ops.matmul(x, product) if tall else ops.matmul(product, x), shape)
 
     def lr_adjust(self, x):
         rows, columns = math.prod(x.shape[:-1]), x.shape[-1]

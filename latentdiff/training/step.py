@@ -67,6 +67,13 @@ class TrainingModel(keras.Model):
                 self.averages.append(average)
         self.built = True
 
+    def make_train_function(self, force=False):
+        """Keras' own, after all variables are made: TensorFlow traces a step twice if it makes some itself."""
+        if not self.built:
+            self.build()
+        self.optimizer.build(self.trainable_variables)
+        return super().make_train_function(force)
+
     def averaged_variables(self) -> list[Any]:
         """What has an average: all that is trained, unless a subclass says otherwise."""
         return self.trainable_variables
