@@ -12,7 +12,7 @@ from tiny_models import parts
 from latentdiff import presets
 from latentdiff.backend import psnr_and_ssim
 from latentdiff.cli import main
-from latentdiff.evaluation.retrieval import describe, retrieve
+from latentdiff.evaluation.retrieval import Gallery, describe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "emoji"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -28,19 +28,19 @@ def pictures(count, seed=0, size=32):
 
 def test_a_gallery_finds_itself():
     gallery = pictures(40)
-    found = retrieve(gallery, gallery[10:30], np.arange(10, 30))
+    found = Gallery(gallery).find(gallery[10:30], np.arange(10, 30))
     assert (found.nearest, found.in_five, found.median_rank, found.chance) == (1.0, 1.0, 0.0, 1 / 40)
 
 
 def test_rank_is_how_many_are_nearer():
     gallery = pictures(40)
     drawn = gallery[[0, 1, 2]]
-    found = retrieve(gallery, drawn, np.array([0, 2, 1]))  # two of them are each other's
+    found = Gallery(gallery).find(drawn, np.array([0, 2, 1]))  # two of them are each other's
     assert found.nearest == pytest.approx(1 / 3) and found.median_rank >= 1
 
 
 def test_drawings_that_know_nothing_are_found_by_chance():
-    found = retrieve(pictures(50), pictures(200, seed=1), np.arange(200) % 50)
+    found = Gallery(pictures(50)).find(pictures(200, seed=1), np.arange(200) % 50)
     assert found.nearest < 0.08 and 12 < found.median_rank < 38
 
 
@@ -53,7 +53,7 @@ def test_other_sizes_are_told():
     with pytest.raises(ValueError, match="multiples of 8"):
         describe(np.zeros((1, 12, 16, 3), "uint8"))
     with pytest.raises(ValueError, match="must have the gallery's size"):
-        retrieve(pictures(2), pictures(2, size=16), np.arange(2))
+        Gallery(pictures(2)).find(pictures(2, size=16), np.arange(2))
 
 
 def test_psnr_and_ssim_of_known_pictures():

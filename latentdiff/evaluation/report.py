@@ -19,7 +19,7 @@ from latentdiff.data import index_source
 from latentdiff.data.decode import decode_crop
 from latentdiff.data.sources import read_picture
 from latentdiff.diffusion.process import GaussianDiffusion
-from latentdiff.evaluation.retrieval import Retrieval, retrieve
+from latentdiff.evaluation.retrieval import Gallery, Retrieval
 from latentdiff.pipeline import TextToImage
 from latentdiff.training.diffusion import DiffusionTraining
 
@@ -94,7 +94,7 @@ def evaluate(
         drawn = pipe.generate(
             captions[:count], seed=[seed] * count, height=height, width=width, batch_size=batch_size, **settings
         )
-        retrieval = retrieve(gallery, drawn, np.arange(count))
+        retrieval = Gallery(gallery).find(drawn, np.arange(count))
         _sheet([gallery[:SHOWN], drawn[:SHOWN]]).save(fresh / "seen.png")
         rows = list(prompts) or captions[: min(6, count)]
         sheet = pipe.generate(

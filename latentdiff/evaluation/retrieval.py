@@ -31,24 +31,39 @@ class Retrieval:
     chance: float
 
 
-def retrieve(gallery: np.ndarray, drawn: np.ndarray, own: np.ndarray) -> Retrieval:
-    """Retrieval of drawings from a gallery.
+class Gallery:
+    """Pictures to find drawings among, described once.
 
     Args:
-        gallery: uint8 (N, H, W, 3), H and W multiples of 8.
-        drawn: uint8 (M, H, W, 3).
-        own: int (M,), the row in the gallery of the picture that each drawing should be.
+        images: uint8 (N, H, W, 3), H and W multiples of 8.
 
     Raises:
-        ValueError: the sizes differ or are no multiples of 8.
+        ValueError: H or W is no multiple of 8.
     """
-    if gallery.shape[1:] != drawn.shape[1:]:
-        raise ValueError(f"Drawings must have the gallery's size. Received: {drawn.shape[1:]}, {gallery.shape[1:]}.")
-    described = describe(gallery)
-    mean = described.mean(axis=0)
-    nearness = _unit(describe(drawn) - mean) @ _unit(described - mean).T  # (M, N)
-    rank = (nearness > nearness[np.arange(len(own)), own][:, None]).sum(axis=1)
-    return Retrieval(float((rank == 0).mean()), float((rank < 5).mean()), float(np.median(rank)), 1 / len(gallery))
+
+    def __init__(self, images: np.ndarray):
+        self.size = images.shape[1:]
+        described = describe(images)
+        self._mean = described.mean(axis=0)
+        self._described = _unit(described - self._mean)  # (N, 704)
+
+    def find(self, drawn: np.ndarray, own: np.ndarray) -> Retrieval:
+        """Retrieval of drawings.
+
+        Args:
+            drawn: uint8 (M, H, W, 3).
+            own: int (M,), the row in the gallery of the picture that each drawing should be.
+
+        Raises:
+            ValueError: the drawings have another size.
+        """
+        if self.size != drawn.shape[1:]:
+            raise ValueError(f"Drawings must have the gallery's size. Received: {drawn.shape[1:]}, {self.size}.")
+        nearness = _unit(describe(drawn) - self._mean) @ self._described.T  # (M, N)
+        rank = (nearness > nearness[np.arange(len(own)), own][:, None]).sum(axis=1)
+        return Retrieval(
+            float((rank == 0).mean()), float((rank < 5).mean()), float(np.median(rank)), 1 / len(self._described)
+        )
 
 
 def describe(images: np.ndarray) -> np.ndarray:

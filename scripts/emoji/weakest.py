@@ -1,0 +1,113 @@
+"""Tells which part of the emoji model is the weakest, by pictures seen in training that are not among the judged.
+
+usage: python scripts/emoji/weakest.py [--preset emoji] [--count 100] [--data data/emoji] [--output runs/emoji_weakest]
+
+OUTPUT/weakest.csv has a row for each: how often a picture's own drawing is the nearest of all, and how often it is
+among the five nearest. "autoencoder" are the true pictures, encoded and decoded, which no drawing by this model can
+beat but by chance; "guidance" and "steps" are drawn from the captions, with the other one at its default.
+OUTPUT/weakest.png is the plot. Rows that are there are not drawn again.
+"""
+
+import argparse
+import csv
+import pathlib
+
+import numpy as np
+from captions import canonical_caption
+from draw import hash_of
+from matplotlib.figure import Figure
+from PIL import Image
+from records import Record, read_index
+
+import latentdiff as ld
+from latentdiff.evaluation.retrieval import Gallery
+
+JUDGED = 500
+GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
+STEPS = (8, 25, 50)
+BATCH = 25
+Key = tuple[str, float]
+
+
+def reconstructed(pipe: ld.TextToImage, images: np.ndarray) -> np.ndarray:
+    """uint8 (B, H, W, 3) -> the same through the autoencoder."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        image = images[start : start + BATCH].astype("float32") / 127.5 - 1
+        parts.append(np.asarray(pipe.autoencoder.decode(pipe.autoencoder.encode(image)), "float32"))
+    return np.clip(np.rint((np.concatenate(parts) + 1) * 127.5), 0, 255).astype("uint8")
+
+
+def drawn(pipe: ld.TextToImage, records: list[Record], **choices) -> np.ndarray:
+    """uint8 (B, H, W, 3), one picture of each record's caption, seed 0."""
+    prompts = [canonical_caption(record) for record in records]
+    return pipe.generate(prompts, seed=[0] * len(prompts), batch_size=BATCH, progress=False, **choices)
+
+
+def plot(rows: dict[Key, tuple[float, float]], path: pathlib.Path) -> None:
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("guidance", "steps"), strict=True):
+        values = sorted(value for part, value in rows if part == name)
+        for label, column in (("nearest of all", 0), ("among the five nearest", 1)):
+            shares = [100 * rows[name, value][column] for value in values]
+            (line,) = axes.plot(values, shares, marker="o", label=label)
+            axes.axhline(100 * rows["autoencoder", 0][column], color=line.get_color(), linestyle=":")
+        axes.set(xlabel={"guidance": "guidance scale", "steps": "sampler's steps"}[name], ylim=(0, 102))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("% of pictures")
+    figure.axes[0].legend(title="dotted: the true pictures\nthrough the autoencoder", loc="center left", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def read(path: pathlib.Path) -> dict[Key, tuple[float, float]]:
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            (row["part"], float(row["value"])): (float(row["nearest"]), float(row["in_five"]))
+            for row in csv.DictReader(file)
+        }
+
+
+def main(data: pathlib.Path, preset: str, count: int, output: pathlib.Path) -> None:
+    everything = read_index(data / "index.jsonl")
+    order = sorted(range(len(everything)), key=lambda i: hash_of(everything[i]))
+    seen = [i for i in order if not (everything[i].held_out or everything[i].validation)]
+    chosen = seen[JUDGED : JUDGED + count]
+    records = [everything[i] for i in chosen]
+    paths = [data / "gallery" / r.style / f"{r.codepoints}.png" for r in everything]
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    true, gallery = images[chosen], Gallery(images)
+    pipe = ld.TextToImage.from_preset(preset)
+    output.mkdir(parents=True, exist_ok=True)
+    table = output / "weakest.csv"
+    rows = read(table)
+    keys = [("autoencoder", 0.0), *(("guidance", s) for s in GUIDANCE), *(("steps", float(n)) for n in STEPS)]
+    for part, value in keys:
+        if (part, value) in rows:
+            continue
+        if part == "autoencoder":
+            images = reconstructed(pipe, true)
+        elif part == "guidance":
+            images = drawn(pipe, records, guidance_scale=value)
+        else:
+            images = drawn(pipe, records, num_steps=int(value))
+        found = gallery.find(images, np.array(chosen))
+        rows[part, value] = (found.nearest, found.in_five)
+        new = not table.exists()
+        with table.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["part", "value", "nearest", "in_five"])
+            writer.writerow([part, value, found.nearest, found.in_five])
+        print(f"{part} {value:g}: nearest {found.nearest:.3f}, in five {found.in_five:.3f}", flush=True)
+    plot(rows, output / "weakest.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=pathlib.Path, default="data/emoji")
+    parser.add_argument("--preset", default="emoji")
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--output", type=pathlib.Path, default="runs/emoji_weakest")
+    main(**vars(parser.parse_args()))
