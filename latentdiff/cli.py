@@ -130,7 +130,7 @@ def _parser() -> _Parser:
     add("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a single file; default: no")
     add("--prediction", choices=tuple(PREDICTIONS.values()), help="what the UNet predicts, where no file says it")
     add("--engine", choices=ENGINES, help="what computes the networks: keras, or openvino, an extra; default: keras")
-    add("--free", nargs="+", choices=NETWORKS, default=(), help="networks that are in memory only while they are used")
+    add("--free", nargs="*", choices=NETWORKS, help="networks in memory only while they are used; default: all")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show each step; default: yes")
     return parser
 
@@ -140,7 +140,9 @@ def _generate(options: argparse.Namespace) -> None:
     check_engine(settings.engine)
     check_cache_interval(settings.engine, settings.cache_interval)
     check_tiled(settings.engine, options.tiled)
-    check_free(settings.engine, options.free)
+    # Each network is used once, whatever the number of pictures, so that none is read twice.
+    free = (NETWORKS if settings.engine == "keras" else ()) if options.free is None else options.free
+    check_free(settings.engine, free)
     weights = {"ema": settings.ema, "prediction": settings.prediction}
     source = open_source(resolve_preset(settings.preset), **weights)  # what cannot be opened is told at once
     total = len(prompts) * options.num_images
@@ -158,7 +160,7 @@ def _generate(options: argparse.Namespace) -> None:
             f"{options.source} was made with {settings.backend}, and this is {backend}: grey levels may differ by one"
         )
     pipeline = TextToImage.from_preset(
-        settings.preset, dtype=settings.dtype, engine=settings.engine, free=options.free, **weights
+        settings.preset, dtype=settings.dtype, engine=settings.engine, free=free, **weights
     )
     images = pipeline.generate(
         prompts,

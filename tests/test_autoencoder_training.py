@@ -70,11 +70,11 @@ def step(training, images):
     }
 
 
-def fresh(discriminator_weight, start=0, **arguments):
+def fresh(discriminator_weight, start=0, dtype="float32", **arguments):
     """The same autoencoder and discriminator each time, in a training of their own."""
     config = {"channels": (4,), "blocks_per_level": 1, "groups": 2, "mid_attention": False}
-    autoencoder = make(Autoencoder, config, latent_channels=2)
-    discriminator = make(PatchDiscriminator, {}, width=4, depth=1, groups=2)
+    autoencoder = make(Autoencoder, config, latent_channels=2, dtype=dtype)
+    discriminator = make(PatchDiscriminator, {}, width=4, depth=1, groups=2, dtype=dtype)
     return AutoencoderTraining(
         autoencoder,
         discriminator=discriminator,
@@ -164,3 +164,17 @@ def test_autoencoder_with_a_discriminator_trains():
     assert set(history) == {"loss", "psnr", "logits_real", "logits_fake"}
     paths = [average.path for average in training.averages]
     assert paths and not any("patch" in path for path in paths)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_trains_float32_variables_to_like_losses(policy):
+    """With all terms: the reconstruction, the perceptual distance, KL and the discriminator's."""
+    images, losses = np.tanh(numbers(4, 8, 8, 3)), []
+    for dtype in ("float32", policy):
+        image = keras.Input((None, None, 3))
+        features = keras.Model(image, keras.layers.Conv2D(4, 3, kernel_initializer="ones", dtype=dtype)(image))
+        training = fresh(0.5, dtype=dtype, features=features)
+        step(training, images)
+        assert {v.dtype for v in training.trainable_variables} == {"float32"}
+        losses.append(training.last_losses(1)[0])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[1] != losses[0]

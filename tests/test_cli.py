@@ -84,6 +84,7 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
     assert np.asarray(Image.open("out.png")).shape == (8, 16, 3)
     assert pipeline.presets == [("emoji", None)]
     assert pipeline.weights == [(False, None)]
+    assert pipeline.free == [("text_encoder", "unet", "autoencoder")]
     prompt, arguments = pipeline.calls[0]
     assert prompt == ["a red heart"]
     seed = arguments.pop("seed")
@@ -102,6 +103,11 @@ def test_a_prompt_alone_writes_out_png(pipeline, here):
         "tiled": None,
         "progress": True,
     }
+
+
+def test_networks_may_all_be_kept(pipeline):
+    assert cli.main(["generate", "a red heart", "--free"]) == 0
+    assert pipeline.free == [[]]
 
 
 def test_every_argument_reaches_the_pipeline(pipeline):
@@ -217,6 +223,7 @@ def test_engine_is_chosen_and_remembered(pipeline, monkeypatch):
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
     cli.main(["generate", "--from", "out.png", "--engine", "keras"])
     assert pipeline.engines == ["openvino", "openvino", "keras"]
+    assert [len(free) for free in pipeline.free] == [0, 0, 3]
 
 
 def test_an_engine_that_is_not_installed_is_told_before_keras_starts(capsys, monkeypatch):

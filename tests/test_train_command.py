@@ -114,6 +114,32 @@ def test_pictures_of_several_sizes_keep_their_shape(folder):
     assert [step for step, _ in losses(output)] == [1, 2, 3, 4]
 
 
+def test_options_that_are_keras_own_reach_it(autoencoder, folder):
+    """Half as many updates of two batches each, in mixed precision, clipped, and with activations computed again."""
+    options = "--dtype mixed_bfloat16 --gradient-accumulation-steps 2 --clipnorm 0.5".split()
+    assert train("autoencoder", folder, folder / "options", *options) == 0
+    found, before = losses(folder / "options"), losses(autoencoder)
+    assert found[0][1] == pytest.approx(before[0][1], rel=2e-2)
+    assert found[0] != before[0]  # computed in bfloat16
+    state = sorted((folder / "options" / "checkpoints").glob("*.npz"))[-1]
+    with np.load(state) as file:
+        said = json.loads(file["said"].tobytes())
+        numbers = {path: file[str(i)] for i, (path, _, _) in enumerate(said)}
+    (updates,) = [array for path, array in numbers.items() if path.endswith("/updates")]
+    assert updates == 2
+
+
+def test_activations_are_computed_again_on_jax_alone(autoencoder, folder, capsys):
+    if keras.backend.backend() == "jax":
+        assert train("autoencoder", folder, folder / "again", "--rematerialize") == 0
+        np.testing.assert_allclose(losses(folder / "again"), losses(autoencoder)[:4], rtol=1e-5)
+    else:
+        with pytest.raises(SystemExit):
+            train("autoencoder", folder, folder / "again", "--rematerialize")
+        assert "`rematerialize` needs the JAX backend. Received: rematerialize=True" in capsys.readouterr().err
+        assert not (folder / "again").exists()
+
+
 def test_clip_pair_is_trained_and_written(folder, capsys):
     assert train("clip", folder, folder / "clip") == 0
     assert "00024.png" in capsys.readouterr().err

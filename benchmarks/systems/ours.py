@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from benchmarks import machine, weights
 from benchmarks.cases import GUIDANCE_SCALE, PROMPT
 from benchmarks.systems import Job, Measured
 from latentdiff.backend import Compiled, to_numpy
+from latentdiff.engine import NETWORKS
 
 
 class Asker:
@@ -72,10 +73,10 @@ class Asker:
         return lambda: to_numpy(run(latent), "float32")
 
     def generate(self, path: Path) -> np.ndarray:
-        """Writes a picture, uint8 (H, W, 3), and gives it."""
+        """Writes a picture, uint8 (H, W, 3), and gives it; networks are freed after their use, as by the command."""
         from PIL import Image
 
-        (image,) = self._generate(self._load(), self.job.num_steps)
+        (image,) = self._generate(self._load(NETWORKS if self.engine == "keras" else ()), self.job.num_steps)
         Image.fromarray(image).save(path)
         return image
 
@@ -101,8 +102,8 @@ class Asker:
 
         return Measured(ours_scaling.laws(self.job, self._load()))
 
-    def _load(self):
-        return latentdiff.TextToImage.from_preset(self.job.directory, dtype=self.dtype, engine=self.engine)
+    def _load(self, free: Collection[str] = ()):
+        return latentdiff.TextToImage.from_preset(self.job.directory, dtype=self.dtype, engine=self.engine, free=free)
 
     def _generate(self, pipe, num_steps: int, **choices: Any) -> np.ndarray:
         pixels = self.job.case.pixels

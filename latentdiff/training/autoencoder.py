@@ -99,7 +99,7 @@ class AutoencoderTraining(TrainingModel):
 
         With a discriminator the decoder's last features (B, H, W, c) come too.
         """
-        mean, log_variance = self.autoencoder.moments(image_of(batch))
+        mean, log_variance = (ops.cast(a, "float32") for a in self.autoencoder.moments(image_of(batch)))
         log_variance = ops.clip(log_variance, -30.0, 20.0)
         latent = mean
         if training:

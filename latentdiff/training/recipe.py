@@ -6,7 +6,7 @@ Each kind of training is a `Recipe`: what is trained, on which batches, and what
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,16 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
     return run
 
 
+LEVELS = [f"{way}_{level}" for way in ("down", "up") for level in range(9)]
+# The blocks of the networks, by the names that they have there. Keras' mode "full" wraps the training itself, too,
+# whose `training` is then no longer a truth value, and each network whole, which is computed again for nothing.
+REMATERIALIZED = [
+    *(f"{way}_{block}_{j}" for way in LEVELS for block in ("resnet", "attention") for j in range(9)),
+    *("mid_resnet_0", "mid_attention", "mid_resnet_1"),
+    *(f"layer_{i}" for i in range(99)),
+]
+
+
 def ready(batches: Any) -> Any:
     """The batches as `fit` takes them: on TensorFlow those of several sizes come as a `tf.data.Dataset`."""
     several = isinstance(batches, Steps) and len(batches.order.buckets) > 1
@@ -137,16 +147,17 @@ def make_optimizer(config: Config) -> keras.optimizers.Optimizer:
     return keras.optimizers.AdamW(rate, **arguments)
 
 
-def index_of(config: Config, sources: list[str] | None = None) -> tuple[Index, Index]:
+def pictures_of(config: Config, sources: Sequence[str]) -> Index:
+    """The pictures of sources, with captions where a configuration's kind needs them."""
+    captions = not isinstance(config, AutoencoderConfig)
+    return index_source(list(sources), require_captions=captions, max_broken=config.max_broken)
+
+
+def index_of(config: Config) -> tuple[Index, Index]:
     """The pictures that are trained on and those of the validation: its own, or drawn by the seed, copies together."""
-
-    def indexed(sources: list[str]) -> Index:
-        captions = not isinstance(config, AutoencoderConfig)
-        return index_source(sources, require_captions=captions, max_broken=config.max_broken)
-
-    index = indexed(sources or list(config.data))
+    index = pictures_of(config, config.data)
     if config.validation_data:
-        return index, indexed(list(config.validation_data))
+        return index, pictures_of(config, config.validation_data)
     held = uniform(config.seed, np.array([int(e.digest[:13], 16) for e in index], "int64")) < config.validation
     return index.select(np.flatnonzero(~held)), index.select(np.flatnonzero(held))
 
@@ -214,5 +225,5 @@ def _devices(config: Config):
         if config.distribution != "none":
             stack.enter_context(distributed(config.distribution, config.mesh or None))
         if config.rematerialize:
-            stack.enter_context(keras.RematScope(mode="full"))
+            stack.enter_context(keras.RematScope(mode="list_of_layers", layer_names=REMATERIALIZED))
         yield
