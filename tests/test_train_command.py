@@ -14,7 +14,9 @@ from tiny_models import to_numpy
 
 import latentdiff as ld
 from latentdiff.cli import main
-from latentdiff.training.recipe import index_of
+from latentdiff.models.attention import AttentionBlock, CLIPLayer, SpatialTransformer
+from latentdiff.models.layers import ResnetBlock
+from latentdiff.training.recipe import REMATERIALIZED, index_of
 from latentdiff.training_config import KINDS, read_config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -138,6 +140,21 @@ def test_activations_are_computed_again_on_jax_alone(autoencoder, folder, capsys
             train("autoencoder", folder, folder / "again", "--rematerialize")
         assert "`rematerialize` needs the JAX backend. Received: rematerialize=True" in capsys.readouterr().err
         assert not (folder / "again").exists()
+
+
+def test_every_block_is_one_that_is_computed_again():
+    networks = [
+        ld.UNet(channels=(4, 4), attention=(True, False), heads=1, groups=2, context_dim=4),
+        ld.Autoencoder(channels=(4, 4), blocks_per_level=1, groups=2),
+        ld.CLIPTextEncoder(vocabulary_size=9, width=4, depth=2, heads=1, mlp_width=4),
+    ]
+    layers = [layer for network in networks for layer in network._flatten_layers()]
+    blocks = [
+        layer for layer in layers if isinstance(layer, (ResnetBlock, SpatialTransformer, AttentionBlock, CLIPLayer))
+    ]
+    assert len(blocks) > 20 and {block.name for block in blocks} <= set(REMATERIALIZED)
+    others = [layer for layer in layers if layer not in blocks]
+    assert not {layer.name for layer in others} & set(REMATERIALIZED)
 
 
 def test_clip_pair_is_trained_and_written(folder, capsys):
