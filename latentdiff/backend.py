@@ -166,6 +166,15 @@ def has_gpu() -> bool:
     return False
 
 
+def on_cpu() -> bool:
+    """Whether the backend computes on the processor, where a product of float32 is one."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    return not has_gpu()
+
+
 @functools.cache
 def has_cudnn_attention() -> bool:
     """Whether Keras' attention in half precision is one operation of cuDNN's, which never holds its scores."""

@@ -130,7 +130,12 @@ def _parser() -> _Parser:
     add("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a single file; default: no")
     add("--prediction", choices=tuple(PREDICTIONS.values()), help="what the UNet predicts, where no file says it")
     add("--engine", choices=ENGINES, help="what computes the networks: keras, or openvino, an extra; default: keras")
-    add("--free", nargs="*", choices=NETWORKS, help="networks in memory only while they are used; default: all")
+    add(
+        "--free",
+        nargs="*",
+        choices=NETWORKS,
+        help="networks held only while they are used; default: all of Keras'",
+    )
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show each step; default: yes")
     return parser
 

@@ -111,6 +111,9 @@ def load_pipeline(
     networks = {}
     for kind, component in components.items():
         networks[kind] = _emptied(component, dtype) if kind in files else network_of(component, dtype)
+        if kind == "autoencoder" and kind in files:
+            for path in component.weights:  # are used last; what is wrong with them is told first
+                component.weights[path]
     return Parts(tokenizer, settings=settings, sample_size=sample_size_of(source), files=files, **networks)
 
 

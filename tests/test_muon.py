@@ -35,6 +35,14 @@ def test_update_is_that_of_the_definition(shape, rank):
     np.testing.assert_allclose(found.reshape(x.shape), orthogonalised(x), atol=2e-4)
 
 
+def test_update_of_bfloat16_stays_small():
+    """Of few singular values, whose Gram matrix would be rounded to an indefinite one."""
+    x = numbers(576, 5, seed=2) @ numbers(5, 64, seed=3)
+    found = KernelMuon().zeropower_via_newtonschulz5(ops.cast(x, "bfloat16"), 5)
+    assert keras.backend.standardize_dtype(found.dtype) == "bfloat16"
+    assert 0.5 < np.linalg.norm(to_numpy(ops.cast(found, "float32")), 2) < 1.5
+
+
 def test_no_gradient_is_no_update():
     assert not to_numpy(KernelMuon().zeropower_via_newtonschulz5(ops.zeros((24, 40)), 5)).any()
 

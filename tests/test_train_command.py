@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -17,7 +18,8 @@ from latentdiff.cli import main
 from latentdiff.models.attention import AttentionBlock, CLIPLayer, SpatialTransformer
 from latentdiff.models.layers import ResnetBlock
 from latentdiff.training.recipe import REMATERIALIZED, index_of
-from latentdiff.training_config import KINDS, read_config
+from latentdiff.training.recipe_diffusion import prior_of
+from latentdiff.training_config import KINDS, DiffusionConfig, read_config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -157,6 +159,19 @@ def test_every_block_is_one_that_is_computed_again():
     assert not {layer.name for layer in others} & set(REMATERIALIZED)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's")
+def test_blocks_are_computed_again_where_they_were_made_so():
+    import jax
+
+    with keras.RematScope(mode="list_of_layers", layer_names=REMATERIALIZED):
+        unet = ld.UNet(channels=(4, 4), attention=(True, False), heads=1, groups=2, context_dim=4)
+    shapes = {"latent": (1, 8, 8, 4), "timestep": (1,), "context": (1, 3, 4)}
+    inputs = {name: np.zeros(shape, "float32") for name, shape in shapes.items()}
+    equations = jax.make_jaxpr(lambda inputs: unet(inputs))(inputs).jaxpr.eqns
+    again = [equation for equation in equations if equation.primitive.name in ("checkpoint", "remat", "remat2")]
+    assert len(again) == sum(layer.name in REMATERIALIZED for layer in unet.layers) > 10
+
+
 def test_clip_pair_is_trained_and_written(folder, capsys):
     assert train("clip", folder, folder / "clip") == 0
     assert "00024.png" in capsys.readouterr().err
@@ -218,6 +233,23 @@ def test_rehearsal_leaves_nothing_behind(autoencoder, folder, capsys):
     assert train("autoencoder", folder, folder / "rehearsed", "--max-steps", "2", steps="1000") == 0
     assert "rehearsed 2 steps" in capsys.readouterr().out
     assert sorted(folder.iterdir()) == before
+
+
+def test_validations_pictures_are_not_trained_on_as_a_class(folder):
+    values = {
+        "start": "emoji",
+        "data": [str(folder / "toy")],
+        "prior": [str(folder / "toy")],
+        "steps": 1,
+        "validation": 0.3,
+        "max_broken": 0.1,
+    }
+    config = read_config("diffusion", None, values)
+    assert isinstance(config, DiffusionConfig)
+    _, held = index_of(config)
+    assert held and not {e.digest for e in held} & {e.digest for e in prior_of(config)}
+    alone = replace(config, validation_data=[str(folder / "toy")])
+    assert len(prior_of(alone)) == len(held) + len(prior_of(config))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ from toy_training import EMPTY, ToyBatches, toy_networks, toy_training
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.diffusion.schedule import scaled_linear_schedule
 from latentdiff.training import DiffusionTraining, PerUpdate, WarmupStableDecay
+from latentdiff.training.state import read_state, write_state
 
 
 def batch(k):
@@ -202,3 +203,23 @@ def test_loss_is_scaled_where_the_networks_compute_in_float16(policy):
         model.train_on_batch({"latent": numbers(4, 2, 2, 4), "context": numbers(4, 3, 5)})
     assert {v.dtype for v in (*model.trainable_variables, *model.averages)} == {"float32"}
     assert int(model.updates) == 2 and np.isfinite(model.last_losses(2)).all()
+
+
+def test_scale_of_the_loss_is_part_of_a_state_and_there_once(tmp_path):
+    def compiled():
+        model = toy_training(optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-3)))
+        model.fit(ToyBatches(0, 1), verbose=0, shuffle=False)
+        return model
+
+    model = compiled()
+    count = len(model.optimizer.variables)
+    assert count == len({variable.path for variable in model.optimizer.variables})
+    model.optimizer.dynamic_scale.assign(7.0)
+    model.fit(ToyBatches(1, 2), verbose=0, shuffle=False)
+    write_state(tmp_path / "state.npz", model)
+    other = compiled()
+    read_state(tmp_path / "state.npz", other)
+    other.fit(ToyBatches(2, 3), verbose=0, shuffle=False)
+    assert float(other.optimizer.dynamic_scale) == 7.0
+    counts = [len(each.optimizer.variables) for each in (model, other)]
+    assert counts == [count, count]

@@ -1,8 +1,11 @@
 """Weights that are in memory only while they are used: the same pictures, and no more held than is said."""
 
+import shutil
+
 import keras
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import numbers, to_numpy
 
 import latentdiff as ld
@@ -53,6 +56,16 @@ def test_each_network_holds_its_weights_while_it_is_used_and_reads_them_once(pip
     assert sum(numbers_held(pipe).values()) == variables
     pipe.generate(**ARGUMENTS, output="latent")
     assert read == [*NETWORKS, "text_encoder", "unet"]
+
+
+def test_what_is_wrong_with_weights_that_are_used_last_is_told_at_the_load(tiny_directory, tmp_path):
+    shutil.copytree(tiny_directory, tmp_path / "broken")
+    path = tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors"
+    arrays = load_file(path)
+    arrays["decoder.conv_out.bias"][0] = np.nan
+    save_file(arrays, path)
+    with pytest.raises(ValueError, match=r"NaN or infinity in .*decoder\.conv_out\.bias"):
+        ld.TextToImage.from_preset(tmp_path / "broken", dtype="float32", free=NETWORKS)
 
 
 def test_weights_are_freed_after_an_error(pipe):

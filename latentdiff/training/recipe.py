@@ -156,8 +156,11 @@ def pictures_of(config: Config, sources: Sequence[str]) -> Index:
 def index_of(config: Config) -> tuple[Index, Index]:
     """The pictures that are trained on and those of the validation: its own, or drawn by the seed, copies together."""
     index = pictures_of(config, config.data)
-    if config.validation_data:
-        return index, pictures_of(config, config.validation_data)
+    return (index, pictures_of(config, config.validation_data)) if config.validation_data else split(config, index)
+
+
+def split(config: Config, index: Index) -> tuple[Index, Index]:
+    """An index without the validation's share, and that share; a picture is in the same part of every index."""
     held = uniform(config.seed, np.array([int(e.digest[:13], 16) for e in index], "int64")) < config.validation
     return index.select(np.flatnonzero(~held)), index.select(np.flatnonzero(held))
 

@@ -12,14 +12,14 @@ import numpy as np
 from latentdiff import presets
 from latentdiff.backend import to_numpy
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
-from latentdiff.data import Cache, CachedLatents, make_cache
+from latentdiff.data import Cache, CachedLatents, Index, make_cache
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage
 from latentdiff.training.diffusion import DiffusionTraining
-from latentdiff.training.recipe import Recipe, buckets_of, index_of, part_here, pictures_of
+from latentdiff.training.recipe import Recipe, buckets_of, index_of, part_here, pictures_of, split
 from latentdiff.training.recipe_clip import new_text_encoder, tokenizer_of
 from latentdiff.training_config import DiffusionConfig
 
@@ -46,6 +46,12 @@ class WithPrior(keras.utils.PyDataset):
         return ({**batch, "weight": np.repeat(np.array([1.0, self.prior_weight], "float32"), count)},)
 
 
+def prior_of(config: DiffusionConfig) -> Index:
+    """The pictures of the class, but those that are the validation's where it is drawn from the data."""
+    index = pictures_of(config, config.prior)
+    return index if config.validation_data else split(config, index)[0]
+
+
 def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
     """The pipeline of `start`, or a new UNet over the autoencoder and the text encoder that are named."""
     parts = _parts(config)
@@ -69,7 +75,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
 
     half = config.batch_size // 2 if config.prior else config.batch_size
     cache = cache_of("train", index, half)
-    prior = cache_of("prior", pictures_of(config, config.prior), half) if config.prior else None
+    prior = cache_of("prior", prior_of(config), half) if config.prior else None
     checked = cache_of("validation", held, config.batch_size) if len(held) >= config.batch_size else None
     if not config.start:
         # The UNet is to see latents of variance one.

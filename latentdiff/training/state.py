@@ -45,6 +45,14 @@ def write_state(path: pathlib.Path, model: keras.Model) -> None:
         raise
 
 
+def build_all(model: keras.Model) -> None:
+    """Makes the variables of a compiled model and of its optimizer, where they are not there yet."""
+    if not model.built:
+        model.build()
+    if not model.optimizer.built:  # one that scales the loss would make its own again
+        model.optimizer.build(model.trainable_variables)
+
+
 def read_state(path: pathlib.Path, model: keras.Model) -> None:
     """Puts a state into a compiled model, which is built where it was not. Nothing is assigned before all was read.
 
@@ -52,9 +60,7 @@ def read_state(path: pathlib.Path, model: keras.Model) -> None:
         ValueError: the file is damaged, or holds another model's variables.
         FileNotFoundError: there is none.
     """
-    if not model.built:
-        model.build()
-    model.optimizer.build(model.trainable_variables)
+    build_all(model)
     variables = state_variables(model)
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from latentdiff.backend import FinishedStep, held, lay_out_like, replica, to_numpy
+from latentdiff.training.state import build_all
 
 HISTORY = 256  # batches whose losses a model remembers
 
@@ -69,9 +70,7 @@ class TrainingModel(keras.Model):
 
     def make_train_function(self, force=False):
         """Keras' own, after all variables are made: TensorFlow traces a step twice if it makes some itself."""
-        if not self.built:
-            self.build()
-        self.optimizer.build(self.trainable_variables)
+        build_all(self)
         return super().make_train_function(force)
 
     def averaged_variables(self) -> list[Any]:

@@ -30,10 +30,15 @@ def hash_of(record: Record) -> bytes:
     return hashlib.sha256(f"{record.codepoints}/{record.style}".encode()).digest()
 
 
+def digest_of(preset: str) -> str:
+    """SHA-256 of a model's weights, as hex digits."""
+    files = sorted(resolve_preset(preset).glob("*/*.safetensors"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
 def start(output: pathlib.Path, preset: str) -> None:
     """Empties OUTPUT of another model's pictures."""
-    files = sorted(resolve_preset(preset).glob("*/*.safetensors"))
-    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    digest = digest_of(preset)
     stamp = output / "model.sha256"
     if not stamp.exists() or stamp.read_text() != digest:
         for picture in output.glob("*/*.png"):

@@ -5,7 +5,7 @@ usage: python scripts/emoji/weakest.py [--preset emoji] [--count 100] [--data da
 OUTPUT/weakest.csv has a row for each: how often a picture's own drawing is the nearest of all, and how often it is
 among the five nearest. "autoencoder" are the true pictures, encoded and decoded, which no drawing by this model can
 beat but by chance; "guidance" and "steps" are drawn from the captions, with the other one at its default.
-OUTPUT/weakest.png is the plot. Rows that are there are not drawn again.
+OUTPUT/weakest.png is the plot. Rows that are there are not drawn again; those of another model are removed.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 from captions import canonical_caption
-from draw import hash_of
+from draw import digest_of, hash_of
 from matplotlib.figure import Figure
 from PIL import Image
 from records import Record, read_index
@@ -23,8 +23,8 @@ import latentdiff as ld
 from latentdiff.evaluation.retrieval import Gallery
 
 JUDGED = 500
-GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
-STEPS = (8, 25, 50)
+GUIDANCE = (1.0, 2.0, 3.0, 5.0, 8.0)
+STEPS = (5, 10, 25)
 BATCH = 25
 Key = tuple[str, float]
 
@@ -80,7 +80,11 @@ def main(data: pathlib.Path, preset: str, count: int, output: pathlib.Path) -> N
     true, gallery = images[chosen], Gallery(images)
     pipe = ld.TextToImage.from_preset(preset)
     output.mkdir(parents=True, exist_ok=True)
-    table = output / "weakest.csv"
+    table, stamp = output / "weakest.csv", output / "model.sha256"
+    judged = f"{digest_of(preset)} {count}"
+    if not stamp.exists() or stamp.read_text() != judged:
+        table.unlink(missing_ok=True)
+        stamp.write_text(judged)
     rows = read(table)
     keys = [("autoencoder", 0.0), *(("guidance", s) for s in GUIDANCE), *(("steps", float(n)) for n in STEPS)]
     for part, value in keys:
