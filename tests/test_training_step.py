@@ -42,6 +42,16 @@ def test_averages_are_those_of_the_definition(accumulation):
     assert int(model.updates) == n == 9 // every and int(model.steps) == 9
 
 
+def test_averages_begin_as_the_weights_where_fit_builds_the_model():
+    model = toy_training(run_eagerly=False, optimizer=keras.optimizers.SGD(0.5), ema_decay=0.9)
+    before = weights(model)
+    model.fit(ToyBatches(0, 1), verbose=0, shuffle=False)
+    moved = [now - old for now, old in zip(weights(model), before, strict=True)]
+    assert max(abs(each).max() for each in moved) > 1e-3
+    for mine, old, step in zip(model.averages, before, moved, strict=True):
+        np.testing.assert_allclose(to_numpy(mine), old + (1 - 2 / 11) * step, rtol=1e-5, atol=1e-6)
+
+
 def test_averages_take_the_weights_place_and_give_it_back():
     model = toy_training(ema_decay=0.5)
     for k in range(3):

@@ -6,6 +6,7 @@ n counts updates of the weights: several batches, where the optimizer accumulate
 Reference: Ho et al. 2020, appendix B; the growing d_n is that of `LitEma` in the code of Rombach et al. 2022.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,17 +55,25 @@ class TrainingModel(keras.Model):
         whole = {**first, "dtype": "int32", "initializer": "zeros"}
         self.steps = self.add_weight(shape=(), name="steps", **whole)
         self.updates = self.add_weight(shape=(), name="updates", **whole)
-        shared = {"trainable": False, "dtype": "float32", "initializer": "zeros"}
-        self.batch_loss = self.add_weight(shape=(), name="batch_loss", aggregation="sum", **shared)
+        shared = {"trainable": False, "dtype": "float32"}
+        self.batch_loss = self.add_weight(shape=(), name="batch_loss", aggregation="sum", initializer="zeros", **shared)
         self.loss_history = self.add_weight(
-            shape=(HISTORY,), name="loss_history", aggregation="only_first_replica", **shared
+            shape=(HISTORY,), name="loss_history", aggregation="only_first_replica", initializer="zeros", **shared
         )
         if self.ema_decay is not None:
             for variable in self.averaged_variables():
                 name = "average_of_" + variable.path.replace("/", ".")
-                average = self.add_weight(shape=variable.shape, name=name, aggregation="only_first_replica", **shared)
+                # No array may be two variables' where a step gives its memory away. The initializer is what holds where
+                # Keras builds a model to see its shapes, and drops assignments; the assignment is for the layout.
+                average = self.add_weight(
+                    shape=variable.shape,
+                    name=name,
+                    aggregation="only_first_replica",
+                    initializer=functools.partial(_copy_of, variable),
+                    **shared,
+                )
                 lay_out_like(average, variable)
-                average.assign(ops.copy(variable))  # no array may be two variables' where a step gives its memory away
+                average.assign(_copy_of(variable))
                 self.averages.append(average)
         self.built = True
 
@@ -161,6 +170,11 @@ class TrainingModel(keras.Model):
         finally:
             for variable, value in zip(variables, kept, strict=True):
                 variable.assign(value)
+
+
+def _copy_of(variable: Any, shape=None, dtype=None) -> Any:
+    """What a variable holds, as an initializer of another one: float32."""
+    return ops.copy(ops.cast(ops.convert_to_tensor(variable), "float32"))
 
 
 def policy_of(network: Any) -> Any:
