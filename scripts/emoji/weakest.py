@@ -55,7 +55,9 @@ def plot(rows: dict[Key, tuple[float, float]], path: pathlib.Path) -> None:
         axes.set(xlabel={"guidance": "guidance scale", "steps": "sampler's steps"}[name], ylim=(0, 102))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("% of pictures")
-    figure.axes[0].legend(title="dotted: the true pictures\nthrough the autoencoder", title_fontsize=8, fontsize=8, loc="lower right")
+    figure.axes[0].legend(
+        title="dotted: the true pictures, encoded and decoded", title_fontsize=8, fontsize=8, loc="lower right"
+    )
     figure.savefig(path, dpi=120)
 
 
