@@ -20,7 +20,7 @@ from latentdiff.arguments import level, number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
 from latentdiff.checkpoints.sources import open_source
-from latentdiff.engine import ENGINES, NETWORKS, check_cache_interval, check_engine, check_free, check_tiled
+from latentdiff.engine import ENGINES, NETWORKS, check_cache_interval, check_engine, check_free, check_tiled, freeable
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints.sources import Source
@@ -130,12 +130,7 @@ def _parser() -> _Parser:
     add("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights of a single file; default: no")
     add("--prediction", choices=tuple(PREDICTIONS.values()), help="what the UNet predicts, where no file says it")
     add("--engine", choices=ENGINES, help="what computes the networks: keras, or openvino, an extra; default: keras")
-    add(
-        "--free",
-        nargs="*",
-        choices=NETWORKS,
-        help="networks held only while they are used; default: all of Keras'",
-    )
+    add("--free", nargs="*", choices=NETWORKS, help="networks held only while they are used; default: all of Keras'")
     add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show each step; default: yes")
     return parser
 
@@ -146,7 +141,7 @@ def _generate(options: argparse.Namespace) -> None:
     check_cache_interval(settings.engine, settings.cache_interval)
     check_tiled(settings.engine, options.tiled)
     # Each network is used once, whatever the number of pictures, so that none is read twice.
-    free = (NETWORKS if settings.engine == "keras" else ()) if options.free is None else options.free
+    free = freeable(settings.engine) if options.free is None else options.free
     check_free(settings.engine, free)
     weights = {"ema": settings.ema, "prediction": settings.prediction}
     source = open_source(resolve_preset(settings.preset), **weights)  # what cannot be opened is told at once

@@ -57,6 +57,11 @@ def check_tiled(engine: str, tiled: bool | None) -> None:
         raise ValueError(f'`tiled` must not be true with engine="{engine}". Received: {tiled}.')
 
 
+def freeable(engine: str) -> tuple[str, ...]:
+    """The networks whose weights may be held only while they are used: none of an engine that makes its own copies."""
+    return NETWORKS if engine == "keras" else ()
+
+
 def check_free(engine: str, free: Collection[str]) -> None:
     """Checks which networks' weights are to be held only while they are used.
 
@@ -65,7 +70,7 @@ def check_free(engine: str, free: Collection[str]) -> None:
     """
     if isinstance(free, str) or not set(free) <= set(NETWORKS):
         raise ValueError(f"`free` must hold names of {', '.join(NETWORKS)}. Received: free={free!r}.")
-    if engine != "keras" and free:
+    if free and not freeable(engine):
         raise ValueError(f'`free` must be empty with engine="{engine}". Received: {", ".join(free)}.')
 
 

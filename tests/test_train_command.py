@@ -119,7 +119,7 @@ def test_pictures_of_several_sizes_keep_their_shape(folder):
 
 
 def test_options_that_are_keras_own_reach_it(autoencoder, folder):
-    """Half as many updates of two batches each, in mixed precision, clipped, and with activations computed again."""
+    """Half as many updates, of two batches each, in mixed precision, clipped."""
     options = "--dtype mixed_bfloat16 --gradient-accumulation-steps 2 --clipnorm 0.5".split()
     assert train("autoencoder", folder, folder / "options", *options) == 0
     found, before = losses(folder / "options"), losses(autoencoder)

@@ -15,7 +15,7 @@ from benchmarks import machine, weights
 from benchmarks.cases import GUIDANCE_SCALE, PROMPT
 from benchmarks.systems import Job, Measured
 from latentdiff.backend import Compiled, to_numpy
-from latentdiff.engine import NETWORKS
+from latentdiff.engine import freeable
 
 
 class Asker:
@@ -76,7 +76,7 @@ class Asker:
         """Writes a picture, uint8 (H, W, 3), and gives it; networks are freed after their use, as by the command."""
         from PIL import Image
 
-        (image,) = self._generate(self._load(NETWORKS if self.engine == "keras" else ()), self.job.num_steps)
+        (image,) = self._generate(self._load(freeable(self.engine)), self.job.num_steps)
         Image.fromarray(image).save(path)
         return image
 

@@ -31,6 +31,15 @@ from latentdiff.training_config import (
     as_json,
 )
 
+LEVELS = [f"{way}_{level}" for way in ("down", "up") for level in range(9)]
+# The blocks of the networks, by the names that they have there. Keras' mode "full" wraps the training itself, too,
+# whose `training` is then no longer a truth value, and each network whole, which is computed again for nothing.
+REMATERIALIZED = [
+    *(f"{way}_{block}_{j}" for way in LEVELS for block in ("resnet", "attention") for j in range(9)),
+    *("mid_resnet_0", "mid_attention", "mid_resnet_1"),
+    *(f"layer_{i}" for i in range(99)),
+]
+
 
 @dataclass
 class Recipe:
@@ -98,16 +107,6 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
             batches = ready(recipe.batches(first, config.steps))
             recipe.model.fit(batches, callbacks=[run], shuffle=False, verbose=1 if progress else 0)
     return run
-
-
-LEVELS = [f"{way}_{level}" for way in ("down", "up") for level in range(9)]
-# The blocks of the networks, by the names that they have there. Keras' mode "full" wraps the training itself, too,
-# whose `training` is then no longer a truth value, and each network whole, which is computed again for nothing.
-REMATERIALIZED = [
-    *(f"{way}_{block}_{j}" for way in LEVELS for block in ("resnet", "attention") for j in range(9)),
-    *("mid_resnet_0", "mid_attention", "mid_resnet_1"),
-    *(f"layer_{i}" for i in range(99)),
-]
 
 
 def ready(batches: Any) -> Any:

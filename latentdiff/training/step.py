@@ -56,9 +56,10 @@ class TrainingModel(keras.Model):
         self.steps = self.add_weight(shape=(), name="steps", **whole)
         self.updates = self.add_weight(shape=(), name="updates", **whole)
         shared = {"trainable": False, "dtype": "float32"}
-        self.batch_loss = self.add_weight(shape=(), name="batch_loss", aggregation="sum", initializer="zeros", **shared)
+        zeros = {**shared, "initializer": "zeros"}
+        self.batch_loss = self.add_weight(shape=(), name="batch_loss", aggregation="sum", **zeros)
         self.loss_history = self.add_weight(
-            shape=(HISTORY,), name="loss_history", aggregation="only_first_replica", initializer="zeros", **shared
+            shape=(HISTORY,), name="loss_history", aggregation="only_first_replica", **zeros
         )
         if self.ema_decay is not None:
             for variable in self.averaged_variables():

@@ -2,9 +2,9 @@
 
 usage: python scripts/emoji/weakest.py [--preset emoji] [--count 100] [--data data/emoji] [--output runs/emoji_weakest]
 
-OUTPUT/weakest.csv has a row for each: how often a picture's own drawing is the nearest of all, and how often it is
-among the five nearest. "autoencoder" are the true pictures, encoded and decoded, which no drawing by this model can
-beat but by chance; "guidance" and "steps" are drawn from the captions, with the other one at its default.
+OUTPUT/weakest.csv has a row for each guidance scale and number of steps: how often a picture's own drawing is the
+nearest of all, and how often it is among the five nearest. The row of no steps is of the true pictures, encoded and
+decoded, which no drawing by this model can beat but by chance; the others are drawn from the captions.
 OUTPUT/weakest.png is the plot. Rows that are there are not drawn again; those of another model are removed.
 """
 
@@ -20,13 +20,16 @@ from PIL import Image
 from records import Record, read_index
 
 import latentdiff as ld
+from latentdiff.backend import to_numpy
 from latentdiff.evaluation.retrieval import Gallery
 
 JUDGED = 500
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 8.0)
 STEPS = (5, 10, 25)
+USUAL = (5.0, 25)  # guidance and steps, where the other one is looked at
+AUTOENCODER = (0.0, 0)
 BATCH = 25
-Key = tuple[str, float]
+Key = tuple[float, int]
 
 
 def reconstructed(pipe: ld.TextToImage, images: np.ndarray) -> np.ndarray:
@@ -34,25 +37,29 @@ def reconstructed(pipe: ld.TextToImage, images: np.ndarray) -> np.ndarray:
     parts = []
     for start in range(0, len(images), BATCH):
         image = images[start : start + BATCH].astype("float32") / 127.5 - 1
-        parts.append(np.asarray(pipe.autoencoder.decode(pipe.autoencoder.encode(image)), "float32"))
-    return np.clip(np.rint((np.concatenate(parts) + 1) * 127.5), 0, 255).astype("uint8")
+        parts.append(to_numpy(pipe.image(pipe.autoencoder.encode(image))))
+    return np.concatenate(parts)
 
 
-def drawn(pipe: ld.TextToImage, records: list[Record], **choices) -> np.ndarray:
+def drawn(pipe: ld.TextToImage, records: list[Record], key: Key) -> np.ndarray:
     """uint8 (B, H, W, 3), one picture of each record's caption, seed 0."""
     prompts = [canonical_caption(record) for record in records]
-    return pipe.generate(prompts, seed=[0] * len(prompts), batch_size=BATCH, progress=False, **choices)
+    seeds = [0] * len(prompts)
+    return pipe.generate(prompts, "", 1, key[1], key[0], seeds, batch_size=BATCH, progress=False)
 
 
 def plot(rows: dict[Key, tuple[float, float]], path: pathlib.Path) -> None:
     figure = Figure(figsize=(8, 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("guidance", "steps"), strict=True):
-        values = sorted(value for part, value in rows if part == name)
+    curves = {
+        "guidance scale": {scale: rows[scale, USUAL[1]] for scale in GUIDANCE},
+        "sampler's steps": {steps: rows[USUAL[0], steps] for steps in STEPS},
+    }
+    for axes, (name, curve) in zip(figure.subplots(1, 2, sharey=True), curves.items(), strict=True):
         for label, column in (("nearest of all", 0), ("among the five nearest", 1)):
-            shares = [100 * rows[name, value][column] for value in values]
-            (line,) = axes.plot(values, shares, marker="o", label=label)
-            axes.axhline(100 * rows["autoencoder", 0][column], color=line.get_color(), linestyle=":")
-        axes.set(xlabel={"guidance": "guidance scale", "steps": "sampler's steps"}[name], ylim=(0, 102))
+            shares = [100 * each[column] for each in curve.values()]
+            (line,) = axes.plot(list(curve), shares, marker="o", label=label)
+            axes.axhline(100 * rows[AUTOENCODER][column], color=line.get_color(), linestyle=":")
+        axes.set(xlabel=name, ylim=(0, 102))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("% of pictures")
     figure.axes[0].legend(
@@ -66,7 +73,7 @@ def read(path: pathlib.Path) -> dict[Key, tuple[float, float]]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         return {
-            (row["part"], float(row["value"])): (float(row["nearest"]), float(row["in_five"]))
+            (float(row["guidance"]), int(row["steps"])): (float(row["nearest"]), float(row["in_five"]))
             for row in csv.DictReader(file)
         }
 
@@ -88,25 +95,19 @@ def main(data: pathlib.Path, preset: str, count: int, output: pathlib.Path) -> N
         table.unlink(missing_ok=True)
         stamp.write_text(judged)
     rows = read(table)
-    keys = [("autoencoder", 0.0), *(("guidance", s) for s in GUIDANCE), *(("steps", float(n)) for n in STEPS)]
-    for part, value in keys:
-        if (part, value) in rows:
+    for key in [AUTOENCODER, *((scale, USUAL[1]) for scale in GUIDANCE), *((USUAL[0], steps) for steps in STEPS)]:
+        if key in rows:
             continue
-        if part == "autoencoder":
-            images = reconstructed(pipe, true)
-        elif part == "guidance":
-            images = drawn(pipe, records, guidance_scale=value)
-        else:
-            images = drawn(pipe, records, num_steps=int(value))
+        images = reconstructed(pipe, true) if key == AUTOENCODER else drawn(pipe, records, key)
         found = gallery.find(images, np.array(chosen))
-        rows[part, value] = (found.nearest, found.in_five)
+        rows[key] = (found.nearest, found.in_five)
         new = not table.exists()
         with table.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(["part", "value", "nearest", "in_five"])
-            writer.writerow([part, value, found.nearest, found.in_five])
-        print(f"{part} {value:g}: nearest {found.nearest:.3f}, in five {found.in_five:.3f}", flush=True)
+                writer.writerow(["guidance", "steps", "nearest", "in_five"])
+            writer.writerow([*key, *rows[key]])
+        print(f"{key}: nearest {found.nearest:.3f}, in five {found.in_five:.3f}", flush=True)
     plot(rows, output / "weakest.png")
 
 
