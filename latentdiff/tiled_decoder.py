@@ -101,7 +101,7 @@ class _Strips:
 
 
 class _Convolution:
-    """A 3 x 3 convolution over strips, behind a norm and swish where there is one, or behind a doubling of the size."""
+    """A 3 x 3 convolution over strips, behind a norm where there is one, or behind a doubling of the size."""
 
     def __init__(self, layer: keras.layers.Layer, norm: GroupNorm | None = None, doubles: bool = False):
         self._layer, self._norm, self._scale = layer, norm, 2 if doubles else 1
@@ -141,7 +141,7 @@ class _Convolution:
         x = ops.concatenate([before[:, -1:], this, after[:, :1]], axis=1)
         if self._norm is not None:
             statistics, *others = others
-            x = ops.silu(self._norm.normalize(x, statistics[0], statistics[1]))
+            x = self._norm.normalize(x, statistics[0], statistics[1])
         # Around the picture, and not around the strip, the convolution has zeros.
         x = ops.where(_inside(first - 1, x.shape[1], height)[..., None], x, ops.zeros((), x.dtype))
         y = self._layer(x)[:, self._scale : -self._scale]

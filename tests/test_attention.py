@@ -1,5 +1,6 @@
 """Attention and its transformers against NumPy."""
 
+import math
 import types
 
 import keras
@@ -38,9 +39,10 @@ def test_chunks_of_queries_make_the_whole(n, monkeypatch):
     sizes = []
     softmax_of_keras = ops.softmax
     monkeypatch.setattr(ops, "softmax", lambda x, axis: sizes.append(x.shape[-2]) or softmax_of_keras(x, axis=axis))
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(attention, "FEWEST", 1)
+    monkeypatch.setattr(attention, "SCORES", 4 * 4 * 5)  # of four queries: two examples of two heads, five keys
     chunked = attend(q, k, v, 2)
-    assert len(sizes) > 1 and sum(sizes) == n
+    assert max(sizes) == 4 and sum(sizes) == n
     np.testing.assert_allclose(to_numpy(chunked), to_numpy(whole), atol=1e-6)
 
 
@@ -56,7 +58,7 @@ def test_scores_of_all_positions_are_never_held_at_once(positions, width, heads,
     assert attend(x, x, x, heads).shape == (2, positions, width)
     assert sum(shape[2] for shape in shapes) == positions
     assert {(shape[1], shape[3]) for shape in shapes} == {(heads, positions)}
-    assert max(shape[2] for shape in shapes) <= 2 * attention.QUERY_CHUNK <= 1024
+    assert all(shape[0] == 2 and math.prod(shape) <= attention.SCORES for shape in shapes)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -5,6 +5,7 @@ multiply-adds. All else costs passes: a number written for each element of an ar
 References: `documents`' ResnetBlock and Decoder; Rombach et al. 2022, appendix E, arXiv:2112.10752.
 """
 
+import math
 from collections import Counter
 
 import keras
@@ -62,8 +63,14 @@ class Cost:
         self.multiply_adds["MatMul"] += n * taken * given
         self.passes += BIAS * n * given * (bias and n > 1)  # of a timestep's vector: small
 
+    def norm(self, n, width):
+        self.passes += NORM * n * width
+        self.passes += 2 * math.isqrt(n) * width  # means of each row, of which there are no more than columns
+
     def resnet(self, n, taken, given, time=0):
-        self.passes += (NORM + SWISH) * n * (taken + given) + ADD * n * given
+        self.norm(n, taken)
+        self.norm(n, given)
+        self.passes += SWISH * n * (taken + given) + ADD * n * given
         self.conv(n, taken, given)
         self.conv(n, given, given)
         if time:
@@ -85,7 +92,7 @@ class Cost:
         self.dense(n, width, width)
 
     def transformer(self, n, width, heads, context):
-        self.passes += NORM * n * width
+        self.norm(n, width)
         self.conv(n, width, width, 1)
         for others, width_of_others in ((n, width), (TOKENS, context)):
             self.passes += LAYER_NORM * n * width + ADD * n * width
@@ -104,7 +111,8 @@ class Cost:
         self.conv(4 * n, width, width)
 
     def out(self, n, width, given):
-        self.passes += (NORM + SWISH) * n * width
+        self.norm(n, width)
+        self.passes += SWISH * n * width
         self.conv(n, width, given)
 
 

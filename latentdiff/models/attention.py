@@ -5,15 +5,29 @@ References: Vaswani et al. 2017, eq. 1, arXiv:1706.03762; Rombach et al. 2022, a
 Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
 """
 
+import functools
 import math
 
 import keras
 from keras import ops
 
-from latentdiff.backend import has_cudnn_attention
-from latentdiff.models.layers import Block, check_groups, conv, dense, group_norm, heads_of, layer_norm, register
+from latentdiff.backend import default_dtype, fused, has_cudnn_attention, on_cpu, on_onednn
+from latentdiff.models.layers import (
+    Block,
+    check_groups,
+    conv,
+    dense,
+    group_norm,
+    heads_of,
+    kernel_initializer,
+    layer_norm,
+    register,
+)
 
-QUERY_CHUNK = 512  # queries attended to at once when there are more than twice as many; scores stay in cache
+GELUS = ("exact", "tanh")
+SCORES = 2**23  # computed at once on a CPU, whose cache they stay in
+SCORES_OF_ACCELERATOR = 2**25
+FEWEST = 64  # queries attended to at once
 
 
 def attend(query, key, value, heads: int, causal: bool = False):
@@ -30,7 +44,8 @@ def attend(query, key, value, heads: int, causal: bool = False):
     Reference: Vaswani et al. 2017, eq. 1; chunks: Rabe and Staats 2021, arXiv:2112.05682; one operation: Dao et al.
     2022, arXiv:2205.14135.
     """
-    size = query.shape[-1] // heads
+    batch, n, width = query.shape
+    size = width // heads
 
     def split(x):
         return ops.reshape(x, (-1, ops.shape(x)[1], heads, size))
@@ -45,21 +60,38 @@ def attend(query, key, value, heads: int, causal: bool = False):
     if keras.backend.standardize_dtype(q.dtype) == "float16":
         q, k = ops.cast(q, "float32"), ops.cast(k, "float32")  # SD 2.x's scores pass 65504
 
+    # oneDNN's softmax of bfloat16 is one of float32, rounded at its end.
+    scored = q.dtype if on_onednn() and default_dtype() == "bfloat16" else "float32"
+
     def rows(q):
-        scores = ops.cast(ops.matmul(q, k), "float32")  # (B, heads, n, S)
+        scores = ops.cast(ops.matmul(q, k), scored)  # (B, heads, n, S)
         if causal:
             n = ops.shape(scores)[-1]
             hidden = ops.arange(n)[None, :] > ops.arange(n)[:, None]
-            scores = scores + ops.cast(hidden, "float32") * -1e9
+            scores = scores + ops.cast(hidden, scored) * -1e9
         return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), v.dtype), v)  # (B, heads, n, D / heads)
 
-    n = query.shape[1]
-    if n is None or n <= 2 * QUERY_CHUNK or causal:
+    chunk = queries_at_once((batch or 2) * heads, n, key.shape[1])
+    if causal or chunk is None:
         out = rows(q)
     else:
-        out = ops.concatenate([rows(q[:, :, i : i + QUERY_CHUNK]) for i in range(0, n, QUERY_CHUNK)], axis=2)
+        out = ops.concatenate([rows(q[:, :, i : i + chunk]) for i in range(0, n, chunk)], axis=2)
     out = ops.transpose(out, (0, 2, 1, 3))  # (B, N, heads, D / heads)
-    return ops.reshape(out, (-1, ops.shape(out)[1], heads * size))
+    return ops.reshape(out, (-1, ops.shape(out)[1], width))
+
+
+def queries_at_once(heads: int, queries: int | None, keys: int | None) -> int | None:
+    """How many of the queries attend at once, that there be no more scores than are good; None is all of them.
+
+    Args:
+        heads: of all examples together.
+        queries, keys: None is a number that is not known yet.
+    """
+    if queries is None or keys is None:
+        return None
+    most = (SCORES if on_cpu() else SCORES_OF_ACCELERATOR) // (heads * keys)
+    chunk = max(FEWEST, 1 << max(most, 1).bit_length() - 1)
+    return chunk if chunk < queries else None
 
 
 def has_flash_attention(dtype: str, size: int) -> bool:
@@ -151,6 +183,40 @@ def flatten_positions(x):
 
 
 @register
+class GEGLU(keras.layers.Dense):
+    """A dense layer of twice the units, of which one half, through GELU, multiplies the other.
+
+    Args:
+        units: twice what comes out.
+        approximate: whether GELU is that of tanh.
+
+    Reference: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, units: int, approximate: bool = False, **keywords):
+        super().__init__(units, **keywords)
+        self.approximate = approximate
+
+    def call(self, inputs):
+        """inputs: (..., D) -> (..., units / 2)."""
+        return (_gated_tanh if self.approximate else _gated)(ops.matmul(inputs, self.kernel), self.bias)
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], self.units // 2)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "approximate": self.approximate}
+
+
+def _gate(approximate: bool, product, bias):
+    value, gate = ops.split(ops.add(product, bias), 2, axis=-1)
+    return value * ops.gelu(gate, approximate=approximate)
+
+
+_gated, _gated_tanh = (fused(functools.partial(_gate, approximate)) for approximate in (False, True))
+
+
+@register
 class TransformerBlock(Block):
     """Self-attention, cross-attention over the context and a gated MLP, each behind a norm and added.
 
@@ -171,13 +237,14 @@ class TransformerBlock(Block):
         if gelu not in GELUS:
             raise ValueError(f"`gelu` must be one of {', '.join(GELUS)}. Received: gelu={gelu!r}.")
         policy = self.dtype_policy
-        self.gelu = GELUS[gelu]
         self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
         self.self_attention = Attention(width, heads, name="self_attention", dtype=policy)
         self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
         self.cross_attention = Attention(width, heads, name="cross_attention", dtype=policy)
         self.norm_3 = layer_norm(norm_epsilon, "norm_3", policy)
-        self.geglu = dense(8 * width, "geglu", policy)
+        self.geglu = GEGLU(
+            8 * width, gelu == "tanh", kernel_initializer=kernel_initializer(), name="geglu", dtype=policy
+        )
         self.mlp_out = dense(width, "mlp_out", policy)
 
     def build(self, x_shape, context_shape):
@@ -190,8 +257,7 @@ class TransformerBlock(Block):
         """x: (B, N, D), context: (B, S, E) -> (B, N, D)."""
         x = x + self.self_attention(self.norm_1(x))
         x = x + self.cross_attention(self.norm_2(x), context)
-        value, gate = ops.split(self.geglu(self.norm_3(x)), 2, axis=-1)
-        return x + self.mlp_out(value * self.gelu(gate))
+        return x + self.mlp_out(self.geglu(self.norm_3(x)))
 
     def compute_output_shape(self, x_shape, context_shape):
         return x_shape
@@ -337,5 +403,4 @@ def gelu_tanh(x):
     return ops.gelu(x, approximate=True)
 
 
-GELUS = {"exact": gelu, "tanh": gelu_tanh}
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}

@@ -24,7 +24,7 @@ def build_encoder(
         if i < len(channels) - 1:
             x = Downsample(width, "after", name=f"down_{i}_downsample", dtype=dtype)(x)
     x = middle(x, channels[-1], groups, norm_epsilon, mid_attention, dtype)
-    x = ops.silu(group_norm(groups, norm_epsilon, "norm_out", dtype)(x))
+    x = group_norm(groups, norm_epsilon, "norm_out", dtype, swish=True)(x)
     x = conv(2 * latent_channels, 3, "conv_out", dtype)(x)
     x = conv(2 * latent_channels, 1, "quant_conv", dtype)(x)
     return keras.Model(image, x, name="encoder")
@@ -43,7 +43,7 @@ def build_decoder(
             x = ResnetBlock(width, groups, norm_epsilon, name=f"up_{i}_resnet_{j}", dtype=dtype)(x)
         if i < len(channels) - 1:
             x = Upsample(width, name=f"up_{i}_upsample", dtype=dtype)(x)
-    x = ops.silu(group_norm(groups, norm_epsilon, "norm_out", dtype)(x))
+    x = group_norm(groups, norm_epsilon, "norm_out", dtype, swish=True)(x)
     x = conv(image_channels, 3, "conv_out", dtype)(x)
     return keras.Model(latent, x, name="decoder")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
-from latentdiff.backend import has_gpu, unwritten
+from latentdiff.backend import fused, has_gpu, unwritten
 
 register = keras.saving.register_keras_serializable(package="latentdiff")
 
@@ -75,8 +75,11 @@ class Conv(keras.layers.Conv2D):
         if not self._on_known_sizes(inputs) or size > 1 and (batch or 2) * height * width > self.filters:
             return super().call(inputs)
         rows = ops.reshape(patches_of(inputs, size), (-1, size * size * channels))
-        rows = ops.add(ops.matmul(rows, ops.reshape(self.kernel, (-1, self.filters))), self.bias)  # in one rounding
-        return ops.reshape(rows, (-1, height, width, self.filters))
+        rows = ops.matmul(rows, ops.reshape(self.kernel, (-1, self.filters)))
+        shape = (-1, height, width, self.filters)
+        if rows.dtype == "bfloat16":  # with a bias right behind it the product would be another one of oneDNN's, slower
+            return ops.add(ops.reshape(rows, shape), self.bias)
+        return ops.reshape(ops.add(rows, self.bias), shape)  # in one rounding
 
     def convolution_op(self, inputs, kernel):
         """inputs: (B, H, W, C), kernel: (h, w, C, filters) -> (B, H, W, filters), before the bias."""
@@ -151,49 +154,85 @@ class GroupNorm(keras.layers.GroupNormalization):
     Args:
         groups: how many groups the channels fall into; divides the channels.
         epsilon: added to the variance.
+        swish: whether x sigmoid(x) follows, in the same pass where `fused` makes it one.
 
     Reference: Wu and He 2018, arXiv:1803.08494.
     """
+
+    def __init__(self, groups: int = 32, epsilon: float = 1e-5, swish: bool = False, **keywords):
+        super().__init__(groups=groups, epsilon=epsilon, **keywords)
+        self.swish = swish
 
     def build(self, x_shape):
         check_groups(x_shape[-1], self.groups)
         super().build(x_shape)
 
     def call(self, inputs):
-        """inputs: (B, ..., C) -> (B, ..., C)."""
-        axes = tuple(range(1, len(inputs.shape) - 1))
-        x = ops.cast(inputs, "float32")
-        mean = self._over_groups(ops.mean(x, axis=axes))  # (B, G, 1)
-        square = self._over_groups(ops.mean(ops.square(x), axis=axes))  # (B, G, 1)
-        return self.normalize(x, mean, ops.maximum(square - ops.square(mean), 0.0))
+        """inputs: (B, ..., W, C) -> (B, ..., W, C)."""
+        mean, square = (self._over_groups(moment) for moment in _moments(inputs))  # (B, G, 1)
+        return self.normalize(inputs, mean, ops.maximum(square - ops.square(mean), 0.0))
 
     def normalize(self, x, mean, variance):
         """x (B, ..., C), by statistics of its groups or of a larger array's, float32 (B, G, 1) -> (B, ..., C)."""
-        channels = x.shape[-1]
         gamma, beta = (ops.reshape(ops.cast(v, "float32"), (self.groups, -1)) for v in (self.gamma, self.beta))
         scale = ops.rsqrt(variance + self.epsilon) * gamma  # (B, G, C / G)
-        offset = beta - mean * scale
-        per_channel = (-1, *(1 for _ in x.shape[1:-1]), channels)  # (B, 1, ..., C)
-        x = ops.cast(x, "float32")
-        return ops.cast(x * ops.reshape(scale, per_channel) + ops.reshape(offset, per_channel), self.compute_dtype)
+        per_channel = (-1, *(1 for _ in x.shape[1:-1]), x.shape[-1])  # (B, 1, ..., C)
+        scale, offset = ops.reshape(scale, per_channel), ops.reshape(beta - mean * scale, per_channel)
+        return _scaled_swish(x, scale, offset) if self.swish else _scaled(x, scale, offset)
 
     def _over_groups(self, x):
+        x = ops.mean(x, axis=tuple(range(1, len(x.shape) - 1)))  # (B, C)
         return ops.mean(ops.reshape(x, (-1, self.groups, x.shape[-1] // self.groups)), axis=-1, keepdims=True)
 
-
-def group_norm(groups: int, epsilon: float, name: str, dtype=None) -> GroupNorm:
-    """A group normalisation with the field's three arguments."""
-    return GroupNorm(groups=groups, epsilon=epsilon, name=name, dtype=dtype)
+    def get_config(self) -> dict:
+        return {**super().get_config(), "swish": self.swish}
 
 
-def layer_norm(epsilon: float, name: str, dtype=None) -> keras.layers.LayerNormalization:
+@fused
+def _moments(x):
+    """(B, ..., W, C) -> the means over W of the numbers and of their squares: float32 (B, ..., C)."""
+    x = ops.cast(x, "float32")
+    return ops.mean(x, axis=-2), ops.mean(ops.square(x), axis=-2)
+
+
+def _affine(x, scale, offset):
+    return ops.cast(ops.cast(x, "float32") * scale + offset, x.dtype)
+
+
+_scaled = fused(_affine)
+_scaled_swish = fused(lambda x, scale, offset: ops.silu(_affine(x, scale, offset)))
+
+
+def group_norm(groups: int, epsilon: float, name: str, dtype=None, swish: bool = False) -> GroupNorm:
+    """A group normalisation with the field's three arguments, and whether swish follows it."""
+    return GroupNorm(groups=groups, epsilon=epsilon, swish=swish, name=name, dtype=dtype)
+
+
+@register
+class LayerNorm(keras.layers.LayerNormalization):
+    """Keras' layer normalisation over the last axis, in one pass over memory where `fused` makes it one.
+
+    Reference: Ba et al. 2016, arXiv:1607.06450.
+    """
+
+    def call(self, inputs):
+        """inputs: (B, ..., C) -> (B, ..., C)."""
+        return ops.cast(_over_last_axis(self.epsilon)(inputs, self.gamma, self.beta), self.compute_dtype)
+
+
+@functools.cache
+def _over_last_axis(epsilon: float):
+    return fused(lambda x, gamma, beta: ops.layer_normalization(x, gamma, beta, -1, epsilon))
+
+
+def layer_norm(epsilon: float, name: str, dtype=None) -> LayerNorm:
     """A layer normalisation over the last axis."""
-    return keras.layers.LayerNormalization(epsilon=epsilon, name=name, dtype=dtype)
+    return LayerNorm(epsilon=epsilon, name=name, dtype=dtype)
 
 
 @register
 class ResnetBlock(Block):
-    """Two convolutions behind norms and swish, added to their input; told the time where `time` is set.
+    """Two convolutions, each behind a norm and swish, added to their input; told the time where `time` is set.
 
     Args:
         channels: channels that come out; a 1 x 1 convolution joins the input where it has another number.
@@ -212,10 +251,10 @@ class ResnetBlock(Block):
         super().__init__(locals(), name=name, dtype=dtype)
         check_groups(channels, groups)
         policy = self.dtype_policy
-        self.norm_1 = group_norm(groups, norm_epsilon, "norm_1", policy)
+        self.norm_1 = group_norm(groups, norm_epsilon, "norm_1", policy, swish=True)
         self.conv_1 = conv(channels, 3, "conv_1", policy)
         self.time = dense(channels, "time", policy) if time else None
-        self.norm_2 = group_norm(groups, norm_epsilon, "norm_2", policy)
+        self.norm_2 = group_norm(groups, norm_epsilon, "norm_2", policy, swish=True)
         self.conv_2 = conv(channels, 3, "conv_2", policy, zero=zero)
         self.skip = None
 
@@ -231,10 +270,10 @@ class ResnetBlock(Block):
 
     def call(self, x, time=None):
         """x: (B, H, W, C), time: (B, E) or None -> (B, H, W, channels)."""
-        h = self.conv_1(ops.silu(self.norm_1(x)))
+        h = self.conv_1(self.norm_1(x))
         if self.time is not None:
             h = h + self.time(ops.silu(time))[:, None, None, :]
-        h = self.conv_2(ops.silu(self.norm_2(h)))
+        h = self.conv_2(self.norm_2(h))
         return (x if self.skip is None else self.skip(x)) + h
 
     def compute_output_shape(self, x_shape, time_shape=None):

@@ -131,7 +131,7 @@ class UNet(keras.Model):
             if level > 0:
                 x = Upsample(channels[level], name=f"up_{i}_upsample", dtype=dtype)(x, skips[-1])
 
-        x = keras.ops.silu(group_norm(groups, norm_epsilon, "norm_out", dtype)(x))
+        x = group_norm(groups, norm_epsilon, "norm_out", dtype, swish=True)(x)
         x = conv(out_channels, 3, "conv_out", dtype, zero=True)(x)
         super().__init__({"latent": latent, "timestep": timestep, "context": context}, x, name=name)
         self._features = features
