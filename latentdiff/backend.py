@@ -87,7 +87,7 @@ def on_onednn() -> bool:
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays that computes element by element, or along the last axes, in one pass over memory.
 
-    TensorFlow makes a pass for each operation on a CPU, and few of them have its vector instructions for bfloat16. Where
+    TensorFlow makes a pass for each operation on a CPU, and few of them use its instructions for bfloat16. Where
     `on_onednn` and one of the arrays is large, XLA compiles the function, as one operation of TensorFlow's graph;
     elsewhere it is what it was.
     """

@@ -1,4 +1,4 @@
-"""Layers whose passes over memory `fused` makes one: the same numbers, and only where this process runs what it traces."""
+"""Layers whose passes over memory `fused` makes one: the same numbers, and only in graphs that run where they begin."""
 
 import keras
 import numpy as np
