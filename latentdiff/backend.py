@@ -9,18 +9,15 @@ import contextlib
 import contextvars
 import ctypes
 import functools
-import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-LARGE = 2**20  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
-
-_runs_here = contextvars.ContextVar("runs_here", default=False)
+_running_here = contextvars.ContextVar("running_here", default=False)
 
 
 class Compiled:
@@ -54,11 +51,8 @@ class Compiled:
 
     def _traced(self, *arrays):
         self.traces += 1
-        token = _runs_here.set(True)
-        try:
+        with running_here():
             return self._function(*arrays)
-        finally:
-            _runs_here.reset(token)
 
     def _tensorflow(self):
         import tensorflow as tf
@@ -79,40 +73,19 @@ class Compiled:
         return lambda *arrays: pure([variable.value for variable in variables], *arrays)
 
 
+@contextlib.contextmanager
+def running_here() -> Iterator[None]:
+    """A scope in which what is traced will run in this process, and is in no file that others open."""
+    token = _running_here.set(True)
+    try:
+        yield
+    finally:
+        _running_here.reset(token)
+
+
 def on_onednn() -> bool:
-    """Whether what is traced is for this process and this processor, by TensorFlow: no export, and no training."""
-    return _runs_here.get() and keras.backend.backend() == "tensorflow" and not has_gpu()
-
-
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays that computes element by element, or along the last axes, in one pass over memory.
-
-    TensorFlow makes a pass for each operation on a CPU, and few of them use its instructions for bfloat16. Where
-    `on_onednn` and one of the arrays is large, XLA compiles the function, as one operation of TensorFlow's graph;
-    elsewhere it is what it was.
-    """
-
-    @functools.cache  # of shapes and dtypes: TensorFlow warns of a function that is traced for many
-    def compiled(*_):
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True, autograph=False)
-
-    def call(*arrays):
-        arrays = [ops.convert_to_tensor(array) for array in arrays]
-        if not on_onednn() or not any(is_large(array) for array in arrays):
-            return function(*arrays)
-        import tensorflow as tf
-
-        arrays = [tf.convert_to_tensor(array) for array in arrays]  # Keras' gives a variable as itself
-        return compiled(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
-
-    return call
-
-
-def is_large(array: Any) -> bool:
-    """Whether an array is known to have that many numbers."""
-    return None not in array.shape and math.prod(array.shape) >= LARGE
+    """Whether what is traced will run in this process, on a CPU by TensorFlow."""
+    return _running_here.get() and keras.backend.backend() == "tensorflow" and not has_gpu()
 
 
 def replica() -> tuple[Any, int]:

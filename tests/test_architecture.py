@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "latentdiff"
 
 FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch"}
-FRAMEWORK_FLOORS = ("latentdiff.backend", "latentdiff.export")
+FRAMEWORK_FLOORS = ("latentdiff.backend", "latentdiff.fused", "latentdiff.export")
 # Reads pickles, through torch's weights-only unpickler, for `latentdiff convert` alone.
 PICKLE_MODULE = "latentdiff.checkpoints.pickles"
 CONVERTER = "latentdiff.convert"

@@ -1,12 +1,15 @@
 """Layers whose passes over memory `fused` makes one: the same numbers, and only in graphs that run where they begin."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 from tiny_models import numbers, to_numpy
 
-from latentdiff.backend import LARGE, Compiled, fused
+from latentdiff.backend import Compiled
+from latentdiff.fused import LARGE, fused
 from latentdiff.models.attention import GEGLU, attend
 from latentdiff.models.layers import GroupNorm, LayerNorm
 
@@ -52,7 +55,7 @@ def test_passes_are_one_where_the_graph_runs_here_and_in_no_other_graph(name):
 
     layer, x = layer_and_input(name, "float32")
     assert xla_calls(Compiled(layer, [layer])._run, x) >= 1
-    assert xla_calls(tf.function(layer), x) == 0  # what is exported, or trained
+    assert xla_calls(tf.function(layer), x) == 0  # what is exported
     assert xla_calls(Compiled(layer, [layer])._run, x[:, :8]) == 0  # too small to be worth it
 
 
@@ -81,3 +84,48 @@ def test_attention_in_half_precision_sums_in_float32():
     out = Compiled(lambda *a: ops.cast(attend(*a, 1), "float32"), [])(q, k, v)
     expected = to_numpy(ops.cast(v, "float32")).mean(axis=1, keepdims=True)
     np.testing.assert_allclose(to_numpy(out), np.broadcast_to(expected, out.shape), rtol=0.02)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere all is XLA's")
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_the_layer(name, dtype):
+    """Of the input and of every weight, for an upstream gradient that is nowhere the same; against float32."""
+    import tensorflow as tf
+
+    layer, x = layer_and_input(name, dtype)
+    exact, _ = layer_and_input(name, "float32")
+    for weight, variable in zip(layer.weights, exact.weights, strict=True):
+        variable.assign(ops.cast(weight, "float32"))
+    upstream = ops.cast(ops.convert_to_tensor(numbers(*layer(x).shape, seed=3)), dtype)
+
+    def gradients(layer, x, upstream):
+        variables = [variable.value for variable in layer.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return [tf.cast(g, "float32") for g in tape.gradient(y, [x, *variables], upstream)]
+
+    expected = gradients(exact, tf.cast(x, "float32"), tf.cast(upstream, "float32"))
+    found = Compiled(functools.partial(gradients, layer), [layer])(x, upstream)
+    for one, other in zip(expected, found, strict=True):
+        assert np.abs(other - one).max() <= 4 * ROUNDING[dtype] * np.abs(one).max()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere all is XLA's")
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_attention_are_those_of_its_definition(causal, dtype):
+    import tensorflow as tf
+
+    arrays = [ops.cast(ops.convert_to_tensor(numbers(2, 512, 16, seed=i)), dtype) for i in range(4)]
+
+    def gradients(*arrays):
+        *inputs, upstream = arrays
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            out = attend(*inputs, 2, causal)
+        return [tf.cast(g, "float32") for g in tape.gradient(out, inputs, upstream)]
+
+    for plain, found in zip(gradients(*arrays), Compiled(gradients, [])(*arrays), strict=True):
+        assert np.abs(found - plain).max() <= 4 * ROUNDING[dtype] * np.abs(plain).max()

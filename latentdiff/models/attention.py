@@ -11,7 +11,8 @@ import math
 import keras
 from keras import ops
 
-from latentdiff.backend import default_dtype, fused, has_cudnn_attention, on_cpu, on_onednn
+from latentdiff.backend import default_dtype, has_cudnn_attention, on_cpu, on_onednn
+from latentdiff.fused import fused, weighted
 from latentdiff.models.layers import (
     Block,
     check_groups,
@@ -60,7 +61,6 @@ def attend(query, key, value, heads: int, causal: bool = False):
     if keras.backend.standardize_dtype(q.dtype) == "float16":
         q, k = ops.cast(q, "float32"), ops.cast(k, "float32")  # SD 2.x's scores pass 65504
 
-    # oneDNN's softmax of bfloat16 is one of float32, rounded at its end.
     scored = q.dtype if on_onednn() and default_dtype() == "bfloat16" else "float32"
 
     def rows(q):
@@ -69,7 +69,7 @@ def attend(query, key, value, heads: int, causal: bool = False):
             n = ops.shape(scores)[-1]
             hidden = ops.arange(n)[None, :] > ops.arange(n)[:, None]
             scores = scores + ops.cast(hidden, scored) * -1e9
-        return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), v.dtype), v)  # (B, heads, n, D / heads)
+        return weighted(scores, v)  # (B, heads, n, D / heads)
 
     chunk = queries_at_once((batch or 2) * heads, n, key.shape[1])
     if causal or chunk is None:
@@ -213,7 +213,12 @@ def _gate(approximate: bool, product, bias):
     return value * ops.gelu(gate, approximate=approximate)
 
 
-_gated, _gated_tanh = (fused(functools.partial(_gate, approximate)) for approximate in (False, True))
+def _of_bias(of_product):
+    rows = ops.reshape(of_product, (-1, of_product.shape[-1]))
+    return [ops.matmul(ops.ones((1, ops.shape(rows)[0]), rows.dtype), rows)[0]]  # a sum in float32, rounded
+
+
+_gated, _gated_tanh = (fused(functools.partial(_gate, approximate), _of_bias) for approximate in (False, True))
 
 
 @register

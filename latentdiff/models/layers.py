@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
-from latentdiff.backend import fused, has_gpu, unwritten
+from latentdiff.backend import has_gpu, unwritten
+from latentdiff.fused import fused
 
 register = keras.saving.register_keras_serializable(package="latentdiff")
 

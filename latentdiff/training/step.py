@@ -8,14 +8,14 @@ Reference: Ho et al. 2020, appendix B; the growing d_n is that of `LitEma` in th
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from latentdiff.backend import FinishedStep, held, lay_out_like, replica, to_numpy
+from latentdiff.backend import FinishedStep, held, lay_out_like, replica, running_here, to_numpy
 from latentdiff.training.state import build_all
 
 HISTORY = 256  # batches whose losses a model remembers
@@ -129,7 +129,9 @@ class TrainingModel(keras.Model):
                 "`gradient_accumulation_steps` must be None on several replicas: Keras accumulates on one alone. "
                 f"Received: gradient_accumulation_steps={steps}, replicas={replica()[1]}."
             )
-        with FinishedStep(self, super().train_step(*arguments)) as step:
+        with running_here() if replica()[1] == 1 else nullcontext():
+            given = super().train_step(*arguments)
+        with FinishedStep(self, given) as step:
             self._count(self._inner_optimizer())
         return step.result
 

@@ -1,0 +1,104 @@
+"""One pass over memory where TensorFlow makes one for each operation: on a CPU, of what is not a product of matrices.
+
+XLA compiles such a function as one operation of TensorFlow's graph, for the processor at hand, and oneDNN's products
+stay what they are. Only graphs that run in this process have such operations: an export is for others to open.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from latentdiff.backend import on_onednn
+
+LARGE = 2**20  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
+BATCH = 16  # is taken for one that is not known yet
+
+
+def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | None = None) -> Callable[..., Any]:
+    """A function of arrays that computes element by element, or along the last axes, in one pass over memory.
+
+    So it is where `on_onednn`, and one of the arrays is large; elsewhere it is what it was. Its gradient is then one
+    pass too, in which the function's own numbers are computed again rather than kept.
+
+    Args:
+        function: takes and gives arrays.
+        others: the gradient of the first array -> those of the others, where they follow from it; XLA is slow in sums
+            over rows.
+    """
+
+    @functools.cache  # of shapes and dtypes: TensorFlow warns of a function that is traced for many
+    def compiled(*_):
+        import tensorflow as tf
+
+        def gradient(arrays, upstream):
+            wanted = arrays if others is None else arrays[:1]
+            with tf.GradientTape() as tape:
+                tape.watch(wanted)
+                given = function(*arrays)
+            return tape.gradient(given, wanted, upstream)
+
+        forward, backward = (tf.function(f, jit_compile=True, autograph=False) for f in (function, gradient))
+
+        @tf.custom_gradient
+        def call(*arrays):
+            def gradients(*upstream):
+                found = backward(arrays, upstream if len(upstream) > 1 else upstream[0])
+                return found if others is None else (*found, *others(found[0]))
+
+            return forward(*arrays), gradients
+
+        return call
+
+    def call(*arrays):
+        if not on_onednn() or not any(is_large(array) for array in arrays):
+            return function(*arrays)
+        import tensorflow as tf
+
+        arrays = [tf.convert_to_tensor(array) for array in map(ops.convert_to_tensor, arrays)]
+        return compiled(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
+
+    return call
+
+
+def is_large(array: Any) -> bool:
+    """Whether an array has so many numbers."""
+    return math.prod(BATCH if size is None else size for size in array.shape) >= LARGE
+
+
+def weighted(scores: Any, value: Any) -> Any:
+    """softmax(scores) value: (..., N, S), (..., S, D) -> (..., N, D); the softmax is summed in float32.
+
+    Where `on_onednn` its gradient makes one pass over the scores, and sums over D what would be sums over S:
+
+        P = softmax(S),  O = P V,  dP = dO V^T,  dS = P (dP - row sums of dP P) = P (dP - row sums of dO O)
+
+    Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
+    """
+    if not on_onednn():
+        return ops.matmul(ops.cast(ops.softmax(ops.cast(scores, "float32"), axis=-1), value.dtype), value)
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def call(scores, value):
+        weights = tf.cast(tf.nn.softmax(scores), value.dtype)  # oneDNN sums in float32
+        out = tf.matmul(weights, value)
+
+        def gradient(upstream):
+            sums = tf.reduce_sum(tf.cast(upstream, "float32") * tf.cast(out, "float32"), axis=-1, keepdims=True)
+            of_weights = tf.matmul(upstream, value, transpose_b=True)
+            of_scores = tf.cast(_softmax_gradient(weights, of_weights, sums), scores.dtype)
+            return of_scores, tf.matmul(weights, upstream, transpose_a=True)
+
+        return out, gradient
+
+    return call(scores, value)
+
+
+@fused
+def _softmax_gradient(weights, of_weights, sums):
+    return ops.cast(ops.cast(weights, "float32") * (ops.cast(of_weights, "float32") - sums), weights.dtype)
