@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-_running_here = contextvars.ContextVar("running_here", default=False)
+_running_here = contextvars.ContextVar("running_here", default="")
 
 
 class Compiled:
@@ -74,9 +74,13 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def running_here() -> Iterator[None]:
-    """A scope in which what is traced will run in this process, and is in no file that others open."""
-    token = _running_here.set(True)
+def running_here(learning: bool = False) -> Iterator[None]:
+    """A scope in which what is traced will run in this process, and is in no file that others open.
+
+    Args:
+        learning: whether gradients are taken in it.
+    """
+    token = _running_here.set("learning" if learning else "computing")
     try:
         yield
     finally:
@@ -85,7 +89,12 @@ def running_here() -> Iterator[None]:
 
 def on_onednn() -> bool:
     """Whether what is traced will run in this process, on a CPU by TensorFlow."""
-    return _running_here.get() and keras.backend.backend() == "tensorflow" and not has_gpu()
+    return bool(_running_here.get()) and keras.backend.backend() == "tensorflow" and not has_gpu()
+
+
+def is_learning() -> bool:
+    """Whether gradients will be taken of what is traced, within `running_here`."""
+    return _running_here.get() == "learning"
 
 
 def replica() -> tuple[Any, int]:

@@ -13,10 +13,11 @@ from typing import Any
 
 from keras import ops
 
-from latentdiff.backend import on_onednn
+from latentdiff.backend import is_learning, on_onednn
 
 LARGE = 2**20  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
 BATCH = 16  # is taken for one that is not known yet
+LANES = 16  # numbers that a processor adds at once
 
 
 def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | None = None) -> Callable[..., Any]:
@@ -45,14 +46,14 @@ def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | Non
         forward, backward = (tf.function(f, jit_compile=True, autograph=False) for f in (function, gradient))
 
         @tf.custom_gradient
-        def call(*arrays):
+        def learning(*arrays):
             def gradients(*upstream):
                 found = backward(arrays, upstream if len(upstream) > 1 else upstream[0])
                 return found if others is None else (*found, *others(found[0]))
 
             return forward(*arrays), gradients
 
-        return call
+        return forward, learning
 
     def call(*arrays):
         if not on_onednn() or not any(is_large(array) for array in arrays):
@@ -60,7 +61,9 @@ def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | Non
         import tensorflow as tf
 
         arrays = [tf.convert_to_tensor(array) for array in map(ops.convert_to_tensor, arrays)]
-        return compiled(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
+        forward, learning = compiled(*((tuple(array.shape), array.dtype) for array in arrays))
+        # TensorFlow keeps the graph of a gradient of one's own for ever.
+        return (learning if is_learning() else forward)(*arrays)
 
     return call
 
@@ -73,26 +76,25 @@ def is_large(array: Any) -> bool:
 def weighted(scores: Any, value: Any) -> Any:
     """softmax(scores) value: (..., N, S), (..., S, D) -> (..., N, D); the softmax is summed in float32.
 
-    Where `on_onednn` its gradient makes one pass over the scores, and sums over D what would be sums over S:
+    Where it learns `on_onednn` the gradient of the softmax is fused:
 
-        P = softmax(S),  O = P V,  dP = dO V^T,  dS = P (dP - row sums of dP P) = P (dP - row sums of dO O)
+        P = softmax(S),  O = P V,  dP = dO V^T,  dS = P (dP - row sums of dP P / row sums of P)
 
-    Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
+    The last divisor is one but for P's rounding, which would be the same for all keys of a query, and add up.
     """
-    if not on_onednn():
-        return ops.matmul(ops.cast(ops.softmax(ops.cast(scores, "float32"), axis=-1), value.dtype), value)
+    if not on_onednn() or not is_learning():
+        weights = ops.softmax(scores if on_onednn() else ops.cast(scores, "float32"), axis=-1)  # oneDNN's in float32
+        return ops.matmul(ops.cast(weights, value.dtype), value)
     import tensorflow as tf
 
     @tf.custom_gradient
     def call(scores, value):
-        weights = tf.cast(tf.nn.softmax(scores), value.dtype)  # oneDNN sums in float32
+        weights = tf.cast(tf.nn.softmax(scores), value.dtype)
         out = tf.matmul(weights, value)
 
         def gradient(upstream):
-            sums = tf.reduce_sum(tf.cast(upstream, "float32") * tf.cast(out, "float32"), axis=-1, keepdims=True)
-            of_weights = tf.matmul(upstream, value, transpose_b=True)
-            of_scores = tf.cast(_softmax_gradient(weights, of_weights, sums), scores.dtype)
-            return of_scores, tf.matmul(weights, upstream, transpose_a=True)
+            of_scores = _softmax_gradient(weights, tf.matmul(upstream, value, transpose_b=True))
+            return tf.cast(of_scores, scores.dtype), tf.matmul(weights, upstream, transpose_a=True)
 
         return out, gradient
 
@@ -100,5 +102,15 @@ def weighted(scores: Any, value: Any) -> Any:
 
 
 @fused
-def _softmax_gradient(weights, of_weights, sums):
-    return ops.cast(ops.cast(weights, "float32") * (ops.cast(of_weights, "float32") - sums), weights.dtype)
+def _softmax_gradient(weights, of_weights):
+    weights, of_weights = ops.cast(weights, "float32"), ops.cast(of_weights, "float32")
+    mean = _row_sums(of_weights * weights) / _row_sums(weights)
+    return weights * (of_weights - mean)
+
+
+def _row_sums(x):
+    """Sums over the last axis, which stays: of every sixteenth number first, side by side, and then of these sums."""
+    size = x.shape[-1]
+    if size is not None and size % LANES == 0:
+        x = ops.sum(ops.reshape(x, (*ops.shape(x)[:-1], size // LANES, LANES)), axis=-2)
+    return ops.sum(x, axis=-1, keepdims=True)

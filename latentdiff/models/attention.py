@@ -28,7 +28,7 @@ from latentdiff.models.layers import (
 GELUS = ("exact", "tanh")
 SCORES = 2**23  # computed at once on a CPU, whose cache they stay in
 SCORES_OF_ACCELERATOR = 2**25
-FEWEST = 64  # queries attended to at once
+FEWEST = 128  # queries attended to at once
 
 
 def attend(query, key, value, heads: int, causal: bool = False):
@@ -75,7 +75,10 @@ def attend(query, key, value, heads: int, causal: bool = False):
     if causal or chunk is None:
         out = rows(q)
     else:
-        out = ops.concatenate([rows(q[:, :, i : i + chunk]) for i in range(0, n, chunk)], axis=2)
+        parts = ops.split(
+            q, list(range(chunk, n, chunk)), axis=2
+        )  # whose gradient is one array, and a slice's another each
+        out = ops.concatenate([rows(part) for part in parts], axis=2)
     out = ops.transpose(out, (0, 2, 1, 3))  # (B, N, heads, D / heads)
     return ops.reshape(out, (-1, ops.shape(out)[1], width))
 
@@ -89,7 +92,7 @@ def queries_at_once(heads: int, queries: int | None, keys: int | None) -> int | 
     """
     if queries is None or keys is None:
         return None
-    most = (SCORES if on_cpu() else SCORES_OF_ACCELERATOR) // (heads * keys)
+    most = (SCORES if on_cpu() else SCORES_OF_ACCELERATOR) // max(heads * keys, 1)
     chunk = max(FEWEST, 1 << max(most, 1).bit_length() - 1)
     return chunk if chunk < queries else None
 

@@ -210,8 +210,10 @@ def group_norm(groups: int, epsilon: float, name: str, dtype=None, swish: bool =
 
 
 @register
-class LayerNorm(keras.layers.LayerNormalization):
-    """Keras' layer normalisation over the last axis, in one pass over memory where `fused` makes it one.
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras' own over the last axis, in one pass over memory where `fused` makes it one.
+
+    It has the name of Keras' own since that is what Keras calls a layer in its files.
 
     Reference: Ba et al. 2016, arXiv:1607.06450.
     """
@@ -226,9 +228,9 @@ def _over_last_axis(epsilon: float):
     return fused(lambda x, gamma, beta: ops.layer_normalization(x, gamma, beta, -1, epsilon))
 
 
-def layer_norm(epsilon: float, name: str, dtype=None) -> LayerNorm:
+def layer_norm(epsilon: float, name: str, dtype=None) -> LayerNormalization:
     """A layer normalisation over the last axis."""
-    return LayerNorm(epsilon=epsilon, name=name, dtype=dtype)
+    return LayerNormalization(epsilon=epsilon, name=name, dtype=dtype)
 
 
 @register

@@ -129,7 +129,7 @@ class TrainingModel(keras.Model):
                 "`gradient_accumulation_steps` must be None on several replicas: Keras accumulates on one alone. "
                 f"Received: gradient_accumulation_steps={steps}, replicas={replica()[1]}."
             )
-        with running_here() if replica()[1] == 1 else nullcontext():
+        with running_here(learning=True) if replica()[1] == 1 else nullcontext():
             given = super().train_step(*arguments)
         with FinishedStep(self, given) as step:
             self._count(self._inner_optimizer())
