@@ -17,7 +17,6 @@ from latentdiff.backend import is_learning, on_onednn
 
 LARGE = 2**20  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
 BATCH = 16  # is taken for one that is not known yet
-LANES = 16  # numbers that a processor adds at once
 
 
 def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | None = None) -> Callable[..., Any]:
@@ -76,11 +75,13 @@ def is_large(array: Any) -> bool:
 def weighted(scores: Any, value: Any) -> Any:
     """softmax(scores) value: (..., N, S), (..., S, D) -> (..., N, D); the softmax is summed in float32.
 
-    Where it learns `on_onednn` the gradient of the softmax is fused:
+    Where it learns `on_onednn` the gradient of the softmax is fused, and sums over D what would be sums over S:
 
-        P = softmax(S),  O = P V,  dP = dO V^T,  dS = P (dP - row sums of dP P / row sums of P)
+        P = softmax(S),  C = V - its mean over S,  dP = dO C^T,  dS = P (dP - sums of dP P) = P (dP - sums of dO P C)
 
-    The last divisor is one but for P's rounding, which would be the same for all keys of a query, and add up.
+    C stands for V, since a row of dS does not see what its row of dP has in common; in bfloat16 the rounding of that
+    would be the same for all keys of a query, and add up.
+    Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
     """
     if not on_onednn() or not is_learning():
         weights = ops.softmax(scores if on_onednn() else ops.cast(scores, "float32"), axis=-1)  # oneDNN's in float32
@@ -93,8 +94,13 @@ def weighted(scores: Any, value: Any) -> Any:
         out = tf.matmul(weights, value)
 
         def gradient(upstream):
-            of_scores = _softmax_gradient(weights, tf.matmul(upstream, value, transpose_b=True))
-            return tf.cast(of_scores, scores.dtype), tf.matmul(weights, upstream, transpose_a=True)
+            mean = tf.reduce_mean(tf.cast(value, "float32"), axis=-2, keepdims=True)
+            centred = tf.cast(tf.cast(value, "float32") - mean, value.dtype)
+            around = tf.cast(tf.matmul(weights, centred), "float32")
+            sums = tf.reduce_sum(tf.cast(upstream, "float32") * around, axis=-1, keepdims=True)
+            of_weights = tf.matmul(upstream, centred, transpose_b=True)
+            of_scores = tf.cast(_softmax_gradient(weights, of_weights, sums), scores.dtype)
+            return of_scores, tf.matmul(weights, upstream, transpose_a=True)
 
         return out, gradient
 
@@ -102,15 +108,5 @@ def weighted(scores: Any, value: Any) -> Any:
 
 
 @fused
-def _softmax_gradient(weights, of_weights):
-    weights, of_weights = ops.cast(weights, "float32"), ops.cast(of_weights, "float32")
-    mean = _row_sums(of_weights * weights) / _row_sums(weights)
-    return weights * (of_weights - mean)
-
-
-def _row_sums(x):
-    """Sums over the last axis, which stays: of every sixteenth number first, side by side, and then of these sums."""
-    size = x.shape[-1]
-    if size is not None and size % LANES == 0:
-        x = ops.sum(ops.reshape(x, (*ops.shape(x)[:-1], size // LANES, LANES)), axis=-2)
-    return ops.sum(x, axis=-1, keepdims=True)
+def _softmax_gradient(weights, of_weights, sums):
+    return ops.cast(ops.cast(weights, "float32") * (ops.cast(of_weights, "float32") - sums), weights.dtype)
