@@ -47,7 +47,7 @@ def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | Non
         @tf.custom_gradient
         def learning(*arrays):
             def gradients(*upstream):
-                found = backward(arrays, upstream if len(upstream) > 1 else upstream[0])
+                found = backward(arrays, upstream[0] if len(upstream) == 1 else upstream)
                 return found if others is None else (*found, *others(found[0]))
 
             return forward(*arrays), gradients
