@@ -22,8 +22,8 @@ BATCH = 16  # is taken for one that is not known yet
 def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | None = None) -> Callable[..., Any]:
     """A function of arrays that computes element by element, or along the last axes, in one pass over memory.
 
-    So it is where `on_onednn`, and one of the arrays is large; elsewhere it is what it was. Its gradient is then one
-    pass too, in which the function's own numbers are computed again rather than kept.
+    So it is where `fuses` says so; elsewhere it is what it was. Its gradient is then one pass too, in which the
+    function's own numbers are computed again rather than kept.
 
     Args:
         function: takes and gives arrays.
@@ -55,10 +55,11 @@ def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | Non
         return forward, learning
 
     def call(*arrays):
-        if not on_onednn() or not any(is_large(array) for array in arrays):
+        if not fuses(*arrays):
             return function(*arrays)
         import tensorflow as tf
 
+        # Keras' conversion computes in the layer's dtype, but may give a variable as itself.
         arrays = [tf.convert_to_tensor(array) for array in map(ops.convert_to_tensor, arrays)]
         forward, learning = compiled(*((tuple(array.shape), array.dtype) for array in arrays))
         # TensorFlow keeps the graph of a gradient of one's own for ever.
@@ -67,13 +68,14 @@ def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | Non
     return call
 
 
-def is_large(array: Any) -> bool:
-    """Whether an array has so many numbers."""
-    return math.prod(BATCH if size is None else size for size in array.shape) >= LARGE
+def fuses(*arrays: Any) -> bool:
+    """Whether one pass over these is worth XLA's compilation: one of them is large, `on_onednn`."""
+    sizes = (math.prod(BATCH if size is None else size for size in array.shape) for array in arrays)
+    return on_onednn() and max(sizes) >= LARGE
 
 
 def weighted(scores: Any, value: Any) -> Any:
-    """softmax(scores) value: (..., N, S), (..., S, D) -> (..., N, D); the softmax is summed in float32.
+    """softmax(scores) value: (..., N, S), (..., S, D) -> (..., N, D).
 
     Where it learns `on_onednn` the gradient of the softmax is fused, and sums over D what would be sums over S:
 
@@ -84,8 +86,7 @@ def weighted(scores: Any, value: Any) -> Any:
     Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
     """
     if not on_onednn() or not is_learning():
-        weights = ops.softmax(scores if on_onednn() else ops.cast(scores, "float32"), axis=-1)  # oneDNN's in float32
-        return ops.matmul(ops.cast(weights, value.dtype), value)
+        return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), value.dtype), value)
     import tensorflow as tf
 
     @tf.custom_gradient

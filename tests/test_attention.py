@@ -58,6 +58,7 @@ def test_scores_of_all_positions_are_never_held_at_once(positions, width, heads,
     assert attend(x, x, x, heads).shape == (2, positions, width)
     assert sum(shape[2] for shape in shapes) == positions
     assert {(shape[1], shape[3]) for shape in shapes} == {(heads, positions)}
+    assert max(shape[2] for shape in shapes) <= 1024
     assert all(shape[2] == attention.FEWEST or math.prod(shape) <= attention.SCORES for shape in shapes)
 
 

@@ -22,7 +22,7 @@ LAYERS = {
     "norm and swish": (GroupNorm, LARGE_MAP, {"groups": 8, "swish": True}),
     "layer norm": (LayerNormalization, LARGE_SEQUENCE, {}),
     "geglu": (GEGLU, LARGE_SEQUENCE, {"units": 1024}),
-    "geglu of tanh": (GEGLU, LARGE_SEQUENCE, {"units": 1024, "approximate": True}),
+    "geglu of tanh": (GEGLU, LARGE_SEQUENCE, {"units": 1024, "gelu": "tanh"}),
 }
 
 

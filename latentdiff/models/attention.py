@@ -25,7 +25,6 @@ from latentdiff.models.layers import (
     register,
 )
 
-GELUS = ("exact", "tanh")
 SCORES = 2**23  # computed at once on a CPU, whose cache they stay in
 SCORES_OF_ACCELERATOR = 2**25
 FEWEST = 128  # queries attended to at once
@@ -61,6 +60,7 @@ def attend(query, key, value, heads: int, causal: bool = False):
     if keras.backend.standardize_dtype(q.dtype) == "float16":
         q, k = ops.cast(q, "float32"), ops.cast(k, "float32")  # SD 2.x's scores pass 65504
 
+    # Where there are instructions for bfloat16, oneDNN's softmax of it sums in float32.
     scored = q.dtype if on_onednn() and default_dtype() == "bfloat16" else "float32"
 
     def rows(q):
@@ -77,7 +77,7 @@ def attend(query, key, value, heads: int, causal: bool = False):
     else:
         parts = ops.split(
             q, list(range(chunk, n, chunk)), axis=2
-        )  # whose gradient is one array, and a slice's another each
+        )  # slices' gradients would be an array of q's size each
         out = ops.concatenate([rows(part) for part in parts], axis=2)
     out = ops.transpose(out, (0, 2, 1, 3))  # (B, N, heads, D / heads)
     return ops.reshape(out, (-1, ops.shape(out)[1], width))
@@ -191,37 +191,24 @@ class GEGLU(keras.layers.Dense):
 
     Args:
         units: twice what comes out.
-        approximate: whether GELU is that of tanh.
+        gelu: "exact" or "tanh".
 
     Reference: Shazeer 2020, arXiv:2002.05202.
     """
 
-    def __init__(self, units: int, approximate: bool = False, **keywords):
+    def __init__(self, units: int, gelu: str = "exact", **keywords):
         super().__init__(units, **keywords)
-        self.approximate = approximate
+        self.gelu = gelu
 
     def call(self, inputs):
         """inputs: (..., D) -> (..., units / 2)."""
-        return (_gated_tanh if self.approximate else _gated)(ops.matmul(inputs, self.kernel), self.bias)
+        return GATED[self.gelu](ops.matmul(inputs, self.kernel), self.bias)
 
     def compute_output_shape(self, shape):
         return (*shape[:-1], self.units // 2)
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "approximate": self.approximate}
-
-
-def _gate(approximate: bool, product, bias):
-    value, gate = ops.split(ops.add(product, bias), 2, axis=-1)
-    return value * ops.gelu(gate, approximate=approximate)
-
-
-def _of_bias(of_product):
-    rows = ops.reshape(of_product, (-1, of_product.shape[-1]))
-    return [ops.matmul(ops.ones((1, ops.shape(rows)[0]), rows.dtype), rows)[0]]  # a sum in float32, rounded
-
-
-_gated, _gated_tanh = (fused(functools.partial(_gate, approximate), _of_bias) for approximate in (False, True))
+        return {**super().get_config(), "gelu": self.gelu}
 
 
 @register
@@ -242,17 +229,15 @@ class TransformerBlock(Block):
 
     def __init__(self, width: int, heads: int, norm_epsilon=1e-5, gelu="exact", name=None, dtype=None):
         super().__init__(locals(), name=name, dtype=dtype)
-        if gelu not in GELUS:
-            raise ValueError(f"`gelu` must be one of {', '.join(GELUS)}. Received: gelu={gelu!r}.")
+        if gelu not in GATED:
+            raise ValueError(f"`gelu` must be one of {', '.join(GATED)}. Received: gelu={gelu!r}.")
         policy = self.dtype_policy
         self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
         self.self_attention = Attention(width, heads, name="self_attention", dtype=policy)
         self.norm_2 = layer_norm(norm_epsilon, "norm_2", policy)
         self.cross_attention = Attention(width, heads, name="cross_attention", dtype=policy)
         self.norm_3 = layer_norm(norm_epsilon, "norm_3", policy)
-        self.geglu = GEGLU(
-            8 * width, gelu == "tanh", kernel_initializer=kernel_initializer(), name="geglu", dtype=policy
-        )
+        self.geglu = GEGLU(8 * width, gelu, kernel_initializer=kernel_initializer(), name="geglu", dtype=policy)
         self.mlp_out = dense(width, "mlp_out", policy)
 
     def build(self, x_shape, context_shape):
@@ -412,3 +397,16 @@ def gelu_tanh(x):
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+def _gate(activation, product, bias):
+    value, gate = ops.split(ops.add(product, bias), 2, axis=-1)
+    return value * activation(gate)
+
+
+def _of_bias(of_product):
+    rows = ops.reshape(of_product, (-1, of_product.shape[-1]))
+    return [ops.matmul(ops.ones((1, ops.shape(rows)[0]), rows.dtype), rows)[0]]  # a sum in float32, rounded
+
+
+GATED = {name: fused(functools.partial(_gate, f), _of_bias) for name, f in (("exact", gelu), ("tanh", gelu_tanh))}

@@ -15,7 +15,7 @@ import keras
 from keras import ops
 
 from latentdiff.backend import has_gpu, unwritten
-from latentdiff.fused import fused
+from latentdiff.fused import fused, fuses
 
 register = keras.saving.register_keras_serializable(package="latentdiff")
 
@@ -76,11 +76,8 @@ class Conv(keras.layers.Conv2D):
         if not self._on_known_sizes(inputs) or size > 1 and (batch or 2) * height * width > self.filters:
             return super().call(inputs)
         rows = ops.reshape(patches_of(inputs, size), (-1, size * size * channels))
-        rows = ops.matmul(rows, ops.reshape(self.kernel, (-1, self.filters)))
-        shape = (-1, height, width, self.filters)
-        if rows.dtype == "bfloat16":  # with a bias right behind it the product would be another one of oneDNN's, slower
-            return ops.add(ops.reshape(rows, shape), self.bias)
-        return ops.reshape(ops.add(rows, self.bias), shape)  # in one rounding
+        rows = ops.add(ops.matmul(rows, ops.reshape(self.kernel, (-1, self.filters))), self.bias)  # in one rounding
+        return ops.reshape(rows, (-1, height, width, self.filters))
 
     def convolution_op(self, inputs, kernel):
         """inputs: (B, H, W, C), kernel: (h, w, C, filters) -> (B, H, W, filters), before the bias."""
@@ -170,8 +167,9 @@ class GroupNorm(keras.layers.GroupNormalization):
 
     def call(self, inputs):
         """inputs: (B, ..., W, C) -> (B, ..., W, C)."""
-        mean, square = (self._over_groups(moment) for moment in _moments(inputs))  # (B, G, 1)
-        return self.normalize(inputs, mean, ops.maximum(square - ops.square(mean), 0.0))
+        x = inputs if fuses(inputs) else ops.cast(inputs, "float32")  # once for both passes
+        mean, square = (self._over_groups(moment) for moment in _moments(x))  # (B, G, 1)
+        return self.normalize(x, mean, ops.maximum(square - ops.square(mean), 0.0))
 
     def normalize(self, x, mean, variance):
         """x (B, ..., C), by statistics of its groups or of a larger array's, float32 (B, G, 1) -> (B, ..., C)."""
@@ -179,7 +177,7 @@ class GroupNorm(keras.layers.GroupNormalization):
         scale = ops.rsqrt(variance + self.epsilon) * gamma  # (B, G, C / G)
         per_channel = (-1, *(1 for _ in x.shape[1:-1]), x.shape[-1])  # (B, 1, ..., C)
         scale, offset = ops.reshape(scale, per_channel), ops.reshape(beta - mean * scale, per_channel)
-        return _scaled_swish(x, scale, offset) if self.swish else _scaled(x, scale, offset)
+        return _scaled(self.compute_dtype, self.swish)(x, scale, offset)
 
     def _over_groups(self, x):
         x = ops.mean(x, axis=tuple(range(1, len(x.shape) - 1)))  # (B, C)
@@ -196,12 +194,13 @@ def _moments(x):
     return ops.mean(x, axis=-2), ops.mean(ops.square(x), axis=-2)
 
 
-def _affine(x, scale, offset):
-    return ops.cast(ops.cast(x, "float32") * scale + offset, x.dtype)
+@functools.cache
+def _scaled(dtype: str, swish: bool):
+    def scaled(x, scale, offset):
+        x = ops.cast(ops.cast(x, "float32") * scale + offset, dtype)
+        return ops.silu(x) if swish else x
 
-
-_scaled = fused(_affine)
-_scaled_swish = fused(lambda x, scale, offset: ops.silu(_affine(x, scale, offset)))
+    return fused(scaled)
 
 
 def group_norm(groups: int, epsilon: float, name: str, dtype=None, swish: bool = False) -> GroupNorm:
