@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import secrets
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    gc.set_threshold(100_000)  # a start makes a million objects, all of which stay
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

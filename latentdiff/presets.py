@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -317,8 +317,9 @@ def held_dtype(dtype: str) -> str:
 
 def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:
     """The network of a component's kind with its weights, whose configuration `changes` changes."""
-    network = _unfilled(component, dtype, **changes)
-    fill(network, component)
+    with _reading(component.weights) as arrays:
+        network = _unfilled(component, dtype, **changes)
+        _assign(network, arrays)
     return network
 
 
@@ -335,24 +336,27 @@ def _emptied(component: diffusers.Component, dtype: str) -> keras.Model:
 
 def fill(network: keras.Model, component: diffusers.Component) -> None:
     """Gives a network the weights of a component."""
+    with _reading(component.weights) as arrays:
+        _assign(network, arrays)
+
+
+def _assign(network: keras.Model, arrays: dict[str, Future[np.ndarray]]) -> None:
     variables = dict(named_variables(network))
-    if variables.keys() != component.weights.keys():
-        differing = sorted(variables.keys() ^ component.weights.keys())
+    if variables.keys() != arrays.keys():
+        differing = sorted(variables.keys() ^ arrays.keys())
         raise ValueError(f"Every variable must have one array in the file. These do not: {', '.join(differing)}.")
-    for variable, array in zip(variables.values(), _read(component.weights, list(variables)), strict=True):
-        assign(variable, array)
+    for path, variable in variables.items():
+        assign(variable, arrays.pop(path).result())
 
 
-def _read(weights: Mapping[str, np.ndarray], paths: list[str]) -> Iterator[np.ndarray]:
-    """The arrays of some paths, in their order, of which a few are made at a time and no more are held."""
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead = deque(pool.submit(weights.__getitem__, path) for path in paths[:READERS])
-        for path in paths[READERS:]:
-            array = ahead.popleft().result()
-            ahead.append(pool.submit(weights.__getitem__, path))
-            yield array
-        while ahead:
-            yield ahead.popleft().result()
+@contextmanager
+def _reading(weights: Mapping[str, np.ndarray]) -> Iterator[dict[str, Future[np.ndarray]]]:
+    """A file's arrays, which other threads make meanwhile: in the time of them a network's layers are made."""
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        yield {path: pool.submit(weights.__getitem__, path) for path in weights}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def in_policy(network: Any, policy: str) -> Any:
