@@ -71,7 +71,7 @@ def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | Non
 def fuses(*arrays: Any) -> bool:
     """Whether one pass over these is worth XLA's compilation: one of them is large, `on_onednn`."""
     sizes = (math.prod(BATCH if size is None else size for size in array.shape) for array in arrays)
-    return on_onednn() and max(sizes) >= LARGE
+    return on_onednn() and max(sizes) >= (LARGE // 2 if is_learning() else LARGE)  # a training's passes are many
 
 
 def weighted(scores: Any, value: Any) -> Any:
