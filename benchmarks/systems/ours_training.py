@@ -15,6 +15,8 @@ from benchmarks import machine
 from benchmarks.cases import CAPTION_DROPOUT, LEARNING_RATE, SIZES, TRAINING
 from benchmarks.systems import Job
 from latentdiff.backend import has_gpu, keep_freed_memory
+from latentdiff.data.order import Order
+from latentdiff.data.steps import Steps
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.diffusion.schedule import scaled_linear_schedule
 from latentdiff.training import DiffusionTraining
@@ -23,22 +25,20 @@ LENGTH = 77
 STEPS, EPOCHS = 5, 3  # of a `fit`
 
 
-class Batches(keras.utils.PyDataset):
+class Batches(Steps):
     """The same batch again and again.
 
     Args:
-        batch: {name: array}.
+        batch: {name: array (B, ...)}.
         steps: of an epoch.
     """
 
     def __init__(self, batch: dict[str, np.ndarray], steps: int):
-        super().__init__()
-        self.batch, self.steps = batch, steps
+        count = len(batch["latent"])
+        super().__init__(Order(np.zeros(steps * count, "int64"), count, seed=0), steps=steps)
+        self.batch = batch
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def batch_at(self, step: int) -> dict[str, np.ndarray]:
         return self.batch
 
 
@@ -62,7 +62,7 @@ class Watch(keras.callbacks.Callback):
 
 def step(job: Job) -> Callable[[], dict[str, float]]:
     """A function that fits an epoch and gives the mean seconds of a step, after the first."""
-    fit = _fit(job, epochs=1)
+    fit = fitting(job, epochs=1)
 
     def run() -> dict[str, float]:
         _, steps = fit()
@@ -73,7 +73,7 @@ def step(job: Job) -> Callable[[], dict[str, float]]:
 
 def overhead(job: Job) -> Callable[[], dict[str, float]]:
     """A function that fits some epochs and gives the seconds beyond their steps, of one epoch."""
-    fit = _fit(job, EPOCHS)
+    fit = fitting(job, EPOCHS)
 
     def run() -> dict[str, float]:
         whole, steps = fit()
@@ -82,7 +82,7 @@ def overhead(job: Job) -> Callable[[], dict[str, float]]:
     return run
 
 
-def _fit(job: Job, epochs: int) -> Callable[[], tuple[float, list[dict[str, float]]]]:
+def fitting(job: Job, epochs: int) -> Callable[[], tuple[float, list[dict[str, float]]]]:
     """A function that fits and gives the seconds of it, and those of each step; it is traced and warm."""
     model, batch = _model(job)
 

@@ -1,8 +1,14 @@
-"""A data set's batches as a `tf.data.Dataset`; imports TensorFlow, and is for `fit` on TensorFlow with several sizes.
+"""A data set's batches as a `tf.data.Dataset`, as which trainings on TensorFlow read them; imports TensorFlow.
 
 Keras looks at two batches of a `PyDataset` to learn their shapes and takes what they share for what all share. Here
-height and width are said to be open.
+height and width are said to be open where there are several. And TensorFlow does not tune the data set while it runs:
+there is nothing to tune, and its thread sleeps through the end of an epoch, for as long as that has lasted, up to a
+minute.
 """
+
+from typing import Any
+
+import keras
 
 from latentdiff.data.steps import Steps
 
@@ -20,15 +26,24 @@ def to_tf_dataset(batches: Steps, ahead: int = 2):
     import tensorflow as tf
 
     (first,) = batches[0]
+    several = len(batches.order.buckets) > 1
     signature = {}
     for name, array in first.items():
-        text = array.dtype == object
-        shape = [None if name in ("image", "latent") and axis in (1, 2) else n for axis, n in enumerate(array.shape)]
+        text, is_open = array.dtype == object, several and name in ("image", "latent")
+        shape = [None if is_open and axis in (1, 2) else n for axis, n in enumerate(array.shape)]
         signature[name] = tf.TensorSpec(shape, tf.string if text else array.dtype)
 
     def run():
         for index in range(len(batches)):
             yield batches[index][0]
 
+    options = tf.data.Options()
+    options.autotune.enabled = False
     dataset = tf.data.Dataset.from_generator(run, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(ahead)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(ahead)
+    return dataset.with_options(options)
+
+
+def as_read(batches: Any) -> Any:
+    """What `fit` and `evaluate` are handed: on TensorFlow one of this package's data sets is a `tf.data.Dataset`."""
+    return to_tf_dataset(batches) if isinstance(batches, Steps) and keras.backend.backend() == "tensorflow" else batches

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from latentdiff.backend import fit_compilation
-from latentdiff.data import CaptionedImages, Index, Steps, index_source, make_buckets, to_tf_dataset
+from latentdiff.data import CaptionedImages, Index, index_source, make_buckets
 from latentdiff.data.draws import uniform
 from latentdiff.training.devices import distributed, join_hosts, rows_here
 from latentdiff.training.muon import KernelMuon
@@ -88,7 +88,7 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
 
         def validate():
             assert validation is not None
-            said = recipe.model.evaluate(ready(validation()), verbose=0, return_dict=True)
+            said = recipe.model.evaluate(validation(), verbose=0, return_dict=True)
             return {f"val_{name}": value for name, value in said.items()}
 
         run = Run(
@@ -104,15 +104,9 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
         )
         first = run.resume(recipe.model)
         if first < config.steps:
-            batches = ready(recipe.batches(first, config.steps))
+            batches = recipe.batches(first, config.steps)
             recipe.model.fit(batches, callbacks=[run], shuffle=False, verbose=1 if progress else 0)
     return run
-
-
-def ready(batches: Any) -> Any:
-    """The batches as `fit` takes them: on TensorFlow those of several sizes come as a `tf.data.Dataset`."""
-    several = isinstance(batches, Steps) and len(batches.order.buckets) > 1
-    return to_tf_dataset(batches) if several and keras.backend.backend() == "tensorflow" else batches
 
 
 def make_recipe(config: Config, directory: Path) -> Recipe:

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from latentdiff import presets
 from latentdiff.backend import to_numpy
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
-from latentdiff.data import Cache, CachedLatents, Index, make_cache
+from latentdiff.data import Cache, CachedLatents, Index, Steps, make_cache
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
@@ -24,7 +23,7 @@ from latentdiff.training.recipe_clip import new_text_encoder, tokenizer_of
 from latentdiff.training_config import DiffusionConfig
 
 
-class WithPrior(keras.utils.PyDataset):
+class WithPrior(Steps):
     """Batches of which one half shows the subject and the other its class, weighted.
 
     Args:
@@ -33,11 +32,8 @@ class WithPrior(keras.utils.PyDataset):
     """
 
     def __init__(self, subject: CachedLatents, prior: CachedLatents, prior_weight: float):
-        super().__init__()
+        super().__init__(subject.order, first_step=subject.first_step, steps=subject.steps)
         self.subject, self.prior, self.prior_weight = subject, prior, prior_weight
-
-    def __len__(self):
-        return len(self.subject)
 
     def __getitem__(self, index):
         (subject,), (prior,) = self.subject[index], self.prior[index]

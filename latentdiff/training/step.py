@@ -8,7 +8,7 @@ Reference: Ho et al. 2020, appendix B; the growing d_n is that of `LitEma` in th
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from latentdiff.backend import FinishedStep, held, lay_out_like, replica, running_here, to_numpy
+from latentdiff.data.tensors import as_read
 from latentdiff.training.state import build_all
 
 HISTORY = 256  # batches whose losses a model remembers
@@ -83,6 +84,14 @@ class TrainingModel(keras.Model):
         build_all(self)
         return super().make_train_function(force)
 
+    def fit(self, x=None, *arguments, validation_data=None, **keywords):
+        """Keras' own; on TensorFlow this package's data sets are read by `data.to_tf_dataset`."""
+        return super().fit(as_read(x), *arguments, validation_data=as_read(validation_data), **keywords)
+
+    def evaluate(self, x=None, *arguments, **keywords):
+        """Keras' own; reads as `fit` does."""
+        return super().evaluate(as_read(x), *arguments, **keywords)
+
     def averaged_variables(self) -> list[Any]:
         """What has an average: all that is trained, unless a subclass says otherwise."""
         return self.trainable_variables
@@ -129,11 +138,16 @@ class TrainingModel(keras.Model):
                 "`gradient_accumulation_steps` must be None on several replicas: Keras accumulates on one alone. "
                 f"Received: gradient_accumulation_steps={steps}, replicas={replica()[1]}."
             )
-        with running_here(learning=True) if replica()[1] == 1 else nullcontext():
+        with _running_on_one(learning=True):
             given = super().train_step(*arguments)
         with FinishedStep(self, given) as step:
             self._count(self._inner_optimizer())
         return step.result
+
+    def test_step(self, *arguments):
+        """Keras' own."""
+        with _running_on_one():
+            return super().test_step(*arguments)
 
     def _inner_optimizer(self):
         return getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of one that scales the loss
@@ -173,6 +187,10 @@ class TrainingModel(keras.Model):
         finally:
             for variable, value in zip(variables, kept, strict=True):
                 variable.assign(value)
+
+
+def _running_on_one(learning: bool = False) -> AbstractContextManager:
+    return running_here(learning) if replica()[1] == 1 else nullcontext()
 
 
 def _copy_of(variable: Any, shape=None, dtype=None) -> Any:
