@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -82,10 +83,10 @@ def operations(folder: Path) -> Counter[str]:
         for plane in space.planes:
             for line in plane.lines:
                 for event in line.events:
-                    name, _, kind = plane.event_metadata[event.metadata_id].name.partition(":")
+                    said = plane.event_metadata[event.metadata_id].name
                     # "unet/conv_in/Conv2D:Conv2D" is an operation; of functions in C++ XLA's launch alone counts.
-                    if (name and kind and ":" not in kind) or kind.endswith("::ExecuteAsyncOnStream"):
-                        seconds[kind.rpartition(":")[2]] += event.duration_ps / 1e12
+                    if re.fullmatch(r"[^:]+:\w+|.*::ExecuteAsyncOnStream", said):
+                        seconds[said.rpartition(":")[2]] += event.duration_ps / 1e12
     return seconds
 
 

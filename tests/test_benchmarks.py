@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import report, weights, worker
+from benchmarks import profile, report, weights, worker
 from benchmarks.__main__ import read_options
 from benchmarks.cases import SIZES, Case, make_cases
 from benchmarks.measure import difference
@@ -220,6 +220,13 @@ def test_latentdiff_is_rehearsed(task, shape, tiny):
     said = np.load(worker.output_path(tiny, case, "latentdiff"))
     assert said.shape == shape and np.isfinite(said).all() and said.std() > 0
     assert repeat()["wall_s"] > 0
+
+
+def test_profile_finds_operations_of_each_kind(tiny):
+    found = profile.measure("unet", job(tiny, Case("unet", "float32", 16)))
+    assert {"convolutions", "products of matrices", "softmax"} <= found["kinds"].keys()
+    assert all(0 < seconds for seconds in found["kinds"].values()) and found["wall_s"] > 0
+    assert not any("function" in name for name in found["rest"])
 
 
 def test_generation_is_rehearsed(tiny):
