@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    before = gc.get_threshold()
     gc.set_threshold(100_000)  # a start makes a million objects, all of which stay
     try:
         with warnings.catch_warnings():
@@ -82,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("latentdiff: stopped", file=sys.stderr)
         return 130
+    finally:
+        gc.set_threshold(*before)
     return 0
 
 

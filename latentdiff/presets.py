@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from latentdiff.backend import assign, default_dtype, release, to_numpy
+from latentdiff.backend import assign, default_dtype, on_cpu, release, to_numpy
 from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints import diffusers, diffusers_pipeline
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
@@ -317,9 +319,11 @@ def held_dtype(dtype: str) -> str:
 
 def network_of(component: diffusers.Component, dtype: str, **changes: Any) -> keras.Model:
     """The network of a component's kind with its weights, whose configuration `changes` changes."""
-    with _reading(component.weights) as arrays:
+    # Where variables hold nothing until they are assigned, no array that waits is a second one.
+    ahead = len(component.weights) if keras.backend.backend() == "tensorflow" and on_cpu() else READERS
+    with _reading(component.weights, ahead) as arrays:
         network = _unfilled(component, dtype, **changes)
-        _assign(network, arrays)
+        _assign(network, component.weights, arrays)
     return network
 
 
@@ -336,25 +340,36 @@ def _emptied(component: diffusers.Component, dtype: str) -> keras.Model:
 
 def fill(network: keras.Model, component: diffusers.Component) -> None:
     """Gives a network the weights of a component."""
-    with _reading(component.weights) as arrays:
-        _assign(network, arrays)
+    with _reading(component.weights, READERS) as arrays:
+        _assign(network, component.weights, arrays)
 
 
-def _assign(network: keras.Model, arrays: dict[str, Future[np.ndarray]]) -> None:
+def _assign(network: keras.Model, weights: Mapping[str, Any], arrays: Iterator[tuple[str, np.ndarray]]) -> None:
     variables = dict(named_variables(network))
-    if variables.keys() != arrays.keys():
-        differing = sorted(variables.keys() ^ arrays.keys())
+    if variables.keys() != weights.keys():
+        differing = sorted(variables.keys() ^ weights.keys())
         raise ValueError(f"Every variable must have one array in the file. These do not: {', '.join(differing)}.")
-    for path, variable in variables.items():
-        assign(variable, arrays.pop(path).result())
+    for path, array in arrays:
+        assign(variables[path], array)
 
 
 @contextmanager
-def _reading(weights: Mapping[str, np.ndarray]) -> Iterator[dict[str, Future[np.ndarray]]]:
-    """A file's arrays, which other threads make meanwhile: in the time of them a network's layers are made."""
-    pool = ThreadPoolExecutor(READERS)
+def _reading(weights: Mapping[str, np.ndarray], ahead: int) -> Iterator[Iterator[tuple[str, np.ndarray]]]:
+    """(path, array) of a file, of which other threads make up to `ahead` in the time of a network's layers."""
+    pool, paths = ThreadPoolExecutor(READERS), iter(weights)
+
+    def submitted(count: int) -> list[tuple[str, Future[np.ndarray]]]:
+        return [(path, pool.submit(weights.__getitem__, path)) for path in islice(paths, count)]
+
+    def taken(waiting: deque[tuple[str, Future[np.ndarray]]]) -> Iterator[tuple[str, np.ndarray]]:
+        while waiting:
+            path, future = waiting.popleft()
+            array = future.result()
+            waiting.extend(submitted(1))
+            yield path, array
+
     try:
-        yield {path: pool.submit(weights.__getitem__, path) for path in weights}
+        yield taken(deque(submitted(ahead)))
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
@@ -300,17 +301,32 @@ def test_tf_datasets_have_several_sizes(index):
     batches.close()
 
 
+def own_threads():
+    """Python's; TensorFlow's that have called Python are dummies to it."""
+    return {thread.name for thread in threading.enumerate() if not thread.name.startswith("Dummy")}
+
+
 def test_trainings_read_several_sizes(index):
     batches, checked = make(index, captions=False, steps=6), make(index, captions=False, steps=3)
     config = {"channels": (4,), "blocks_per_level": 1, "groups": 2, "mid_attention": False}
     training = AutoencoderTraining(tiny_models.make(Autoencoder, config, latent_channels=2))
     training.compile(optimizer=keras.optimizers.SGD(1e-3), run_eagerly=True)
+    threads = own_threads()
     history = training.fit(batches, validation_data=checked, shuffle=False, verbose=0).history
     assert int(training.steps) == 6 and len({batches.batch_at(k)["image"].shape for k in range(6)}) > 1
     said = training.evaluate(checked, verbose=0, return_dict=True)
     np.testing.assert_allclose(history["val_loss"], said["loss"], rtol=1e-4)
-    batches.close()
-    checked.close()
+    assert own_threads() <= threads  # the readers have gone
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's own")
+def test_tf_datasets_leave_open_what_two_batches_do_not_share(index):
+    lengths = iter((5, 6, 5, 6, 7, 4))
+    batches = make(index, buckets=[(8, 8)], steps=4, tokenizer=lambda prompts: np.zeros((4, next(lengths)), "int32"))
+    dataset = to_tf_dataset(batches)
+    assert dataset.element_spec["tokens"].shape.as_list() == [4, None]
+    assert dataset.element_spec["image"].shape == (4, 8, 8, 3)
+    assert len(list(dataset)) == 4
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's own")

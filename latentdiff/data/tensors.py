@@ -25,17 +25,21 @@ def to_tf_dataset(batches: Steps, ahead: int = 2):
     """
     import tensorflow as tf
 
-    (first,) = batches[0]
+    (first,), (second,) = batches[0], batches[min(1, len(batches) - 1)]
     several = len(batches.order.buckets) > 1
     signature = {}
     for name, array in first.items():
-        text, is_open = array.dtype == object, several and name in ("image", "latent")
-        shape = [None if is_open and axis in (1, 2) else n for axis, n in enumerate(array.shape)]
-        signature[name] = tf.TensorSpec(shape, tf.string if text else array.dtype)
+        sizes = [n if n == other else None for n, other in zip(array.shape, second[name].shape, strict=True)]
+        if several and name in ("image", "latent"):
+            sizes[1:3] = None, None
+        signature[name] = tf.TensorSpec(sizes, tf.string if array.dtype == object else array.dtype)
 
     def run():
-        for index in range(len(batches)):
-            yield batches[index][0]
+        try:
+            for index in range(len(batches)):
+                yield batches[index][0]
+        finally:
+            batches.on_epoch_end()
 
     options = tf.data.Options()
     options.autotune.enabled = False

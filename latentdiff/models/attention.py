@@ -193,11 +193,16 @@ class GEGLU(keras.layers.Dense):
         units: twice what comes out.
         gelu: "exact" or "tanh".
 
+    Raises:
+        ValueError: there is no such `gelu`.
+
     Reference: Shazeer 2020, arXiv:2002.05202.
     """
 
     def __init__(self, units: int, gelu: str = "exact", **keywords):
         super().__init__(units, **keywords)
+        if gelu not in GATED:
+            raise ValueError(f"`gelu` must be one of {', '.join(GATED)}. Received: gelu={gelu!r}.")
         self.gelu = gelu
 
     def call(self, inputs):
@@ -229,8 +234,6 @@ class TransformerBlock(Block):
 
     def __init__(self, width: int, heads: int, norm_epsilon=1e-5, gelu="exact", name=None, dtype=None):
         super().__init__(locals(), name=name, dtype=dtype)
-        if gelu not in GATED:
-            raise ValueError(f"`gelu` must be one of {', '.join(GATED)}. Received: gelu={gelu!r}.")
         policy = self.dtype_policy
         self.norm_1 = layer_norm(norm_epsilon, "norm_1", policy)
         self.self_attention = Attention(width, heads, name="self_attention", dtype=policy)

@@ -35,11 +35,11 @@ class WithPrior(Steps):
         super().__init__(subject.order, first_step=subject.first_step, steps=subject.steps)
         self.subject, self.prior, self.prior_weight = subject, prior, prior_weight
 
-    def __getitem__(self, index):
-        (subject,), (prior,) = self.subject[index], self.prior[index]
+    def batch_at(self, step):
+        subject, prior = self.subject.batch_at(step), self.prior.batch_at(step)
         count = len(subject["latent"])
         batch = {name: np.concatenate([array, prior[name]]) for name, array in subject.items()}
-        return ({**batch, "weight": np.repeat(np.array([1.0, self.prior_weight], "float32"), count)},)
+        return {**batch, "weight": np.repeat(np.array([1.0, self.prior_weight], "float32"), count)}
 
 
 def prior_of(config: DiffusionConfig) -> Index:

@@ -84,9 +84,11 @@ class TrainingModel(keras.Model):
         build_all(self)
         return super().make_train_function(force)
 
-    def fit(self, x=None, *arguments, validation_data=None, **keywords):
+    def fit(self, x=None, *arguments, **keywords):
         """Keras' own; on TensorFlow this package's data sets are read by `data.to_tf_dataset`."""
-        return super().fit(as_read(x), *arguments, validation_data=as_read(validation_data), **keywords)
+        if "validation_data" in keywords:
+            keywords["validation_data"] = as_read(keywords["validation_data"])
+        return super().fit(as_read(x), *arguments, **keywords)
 
     def evaluate(self, x=None, *arguments, **keywords):
         """Keras' own; reads as `fit` does."""
