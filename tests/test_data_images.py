@@ -307,6 +307,7 @@ def own_threads():
     return {thread.name for thread in threading.enumerate() if not thread.name.startswith("Dummy")}
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere Keras reads them itself")
 def test_trainings_read_several_sizes(index):
     batches, checked = make(index, captions=False, steps=6), make(index, captions=False, steps=3)
     config = {"channels": (4,), "blocks_per_level": 1, "groups": 2, "mid_attention": False}
