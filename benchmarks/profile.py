@@ -1,6 +1,6 @@
 """Where the time of our own goes on a CPU: the seconds of each kind of TensorFlow's operations, within one call.
 
-    python -m benchmarks.profile unet decode train --dtype bfloat16
+    python -m benchmarks.profile --tasks unet decode train --dtype bfloat16
 
 Operations run beside one another on several threads, so that the seconds of all of them are more than the call's own.
 `results/profile-DTYPE.json` holds what came out of all tasks.
@@ -106,33 +106,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; default: all")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--size", choices=tuple(SIZES), default="sd15", help="of the model; default: sd15")
     parser.add_argument("--pixels", type=int, help="height and width of the picture; default: the size's own")
     parser.add_argument("--work", type=Path, help="a folder that keeps the model; default: one that is removed")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON; default: profile-DTYPE.json in benchmarks/results/",
-    )
+    parser.add_argument("--output", type=Path, help="JSON; default: profile-DTYPE.json in benchmarks/results/")
     options = parser.parse_args()
-    tasks = options.tasks or TASKS
     if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
         parser.error("KERAS_BACKEND must be tensorflow, whose operations are profiled.")
-    if unknown := set(tasks) - set(TASKS):
-        parser.error(f"TASK must be of {', '.join(TASKS)}. Received: {', '.join(sorted(unknown))}.")
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
         directory = work / options.size
         weights.write(options.size, directory)
         pixels, threads = options.pixels or SIZES[options.size].pixels, len(os.sched_getaffinity(0))
         found = {"machine": machine.describe(), "size": options.size, "pixels": pixels, "threads": threads}
-        for task in tasks:
+        for task in options.tasks:
             case = Case(task, options.dtype, None if task == "train" else pixels)
             found[task] = measure(task, Job("latentdiff", case, directory, work, options.size, threads, 1, 1.0))
             print(table(task, found[task]), flush=True)
-    whole = set(tasks) == set(TASKS) and options.size == "sd15" and options.pixels is None
+    whole = set(options.tasks) == set(TASKS) and options.size == "sd15" and options.pixels is None
     output = options.output or (RESULTS / f"profile-{options.dtype}.json" if whole else None)
     if output:
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
