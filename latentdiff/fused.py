@@ -8,64 +8,94 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras import ops
 
 from latentdiff.backend import is_learning, on_onednn
 
+ROWS = 32  # of an array that XLA sums at a time, still many columns at once
 LARGE = 2**20  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
 BATCH = 16  # is taken for one that is not known yet
 
 
-def fused(function: Callable[..., Any], others: Callable[[Any], list[Any]] | None = None) -> Callable[..., Any]:
-    """A function of arrays that computes element by element, or along the last axes, in one pass over memory.
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays that computes element by element, or along axes, in one pass over memory.
 
-    So it is where `fuses` says so; elsewhere it is what it was. Its gradient is then one pass too, in which the
-    function's own numbers are computed again rather than kept.
+    So it is where `fuses` says so; elsewhere it is what it was. Its gradient is `learnt`'s to say.
+
+    XLA computes many numbers at a time in what it makes of elements, of slices of an array, and of sums of up to
+    `ROWS` rows; in longer sums, and in those along the last axis, it goes from number to number.
 
     Args:
         function: takes and gives arrays.
-        others: the gradient of the first array -> those of the others, where they follow from it; XLA is slow in sums
-            over rows.
     """
 
     @functools.cache  # of shapes and dtypes: TensorFlow warns of a function that is traced for many
     def compiled(*_):
         import tensorflow as tf
 
-        def gradient(arrays, upstream):
-            wanted = arrays if others is None else arrays[:1]
-            with tf.GradientTape() as tape:
-                tape.watch(wanted)
-                given = function(*arrays)
-            return tape.gradient(given, wanted, upstream)
-
-        forward, backward = (tf.function(f, jit_compile=True, autograph=False) for f in (function, gradient))
-
-        @tf.custom_gradient
-        def learning(*arrays):
-            def gradients(*upstream):
-                found = backward(arrays, upstream[0] if len(upstream) == 1 else upstream)
-                return found if others is None else (*found, *others(found[0]))
-
-            return forward(*arrays), gradients
-
-        return forward, learning
+        return tf.function(function, jit_compile=True, autograph=False)
 
     def call(*arrays):
         if not fuses(*arrays):
             return function(*arrays)
-        import tensorflow as tf
-
-        # Keras' conversion computes in the layer's dtype, but may give a variable as itself.
-        arrays = [tf.convert_to_tensor(array) for array in map(ops.convert_to_tensor, arrays)]
-        forward, learning = compiled(*((tuple(array.shape), array.dtype) for array in arrays))
-        # TensorFlow keeps the graph of a gradient of one's own for ever.
-        return (learning if is_learning() else forward)(*arrays)
+        arrays = _tensors(arrays)
+        return compiled(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
 
     return call
+
+
+def learnt(function: Callable[..., Sequence[Any]], gradient: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
+    """A function of arrays with a gradient by hand, where it learns and `fuses`; elsewhere that is the backend's.
+
+    Args:
+        function: arrays -> what is given, and whatever else the gradient is to know.
+        gradient: (arrays, all that `function` gave, the gradient of the first of it) -> those of all arrays.
+    """
+
+    def call(*arrays):
+        if not (is_learning() and fuses(*arrays)):
+            return function(*arrays)[0]
+        import tensorflow as tf
+
+        @tf.custom_gradient  # TensorFlow keeps the graph of a gradient of one's own for ever
+        def learning(*arrays):
+            given = function(*arrays)
+            return given[0], lambda upstream: gradient(arrays, given, upstream)
+
+        return learning(*_tensors(arrays))
+
+    return call
+
+
+def _tensors(arrays):
+    import tensorflow as tf
+
+    # Keras' conversion computes in the layer's dtype, but may give a variable as itself.
+    return [tf.convert_to_tensor(array) for array in map(ops.convert_to_tensor, arrays)]
+
+
+def divisor(size: int | None, most: int) -> int:
+    """The largest number up to `most` that divides a size; 1 where that is not known."""
+    return 1 if size is None else max(n for n in range(1, most + 1) if size % n == 0)
+
+
+def sums_of_slices(terms: Callable[[slice], Sequence[Any]], size: int | None, parts: int) -> Sequence[Any]:
+    """Arrays of terms, added up over slices of one axis.
+
+    Args:
+        terms: a slice of the axis -> arrays.
+        size: of the axis.
+        parts: at most so many slices.
+    """
+    parts = divisor(size, parts)
+    slices = [slice(None)] if size is None else [slice(i, i + size // parts) for i in range(0, size, size // parts)]
+    sums = list(terms(slices[0]))
+    for part in slices[1:]:
+        sums = [a + b for a, b in zip(sums, terms(part), strict=True)]
+    return sums
 
 
 def fuses(*arrays: Any) -> bool:

@@ -18,7 +18,8 @@ from keras import ops
 
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.layers import GroupNorm, ResnetBlock
+from latentdiff.models.layers import ResnetBlock
+from latentdiff.models.norms import GroupNorm
 
 STRIP = 2**17  # pixels of the picture in a strip, about: an array of 128 channels in float32 has 64 MiB of them
 

@@ -33,13 +33,14 @@ DIFFUSION_ARROWS = {
     "likelihood": {"process", "schedule"},
 }
 MODEL_ARROWS = {
-    "layers": set(),
-    "attention": {"layers"},
+    "norms": set(),
+    "layers": {"norms"},
+    "attention": {"layers", "norms"},
     "tokenizer": set(),
-    "text_encoder": {"layers", "attention"},
-    "image_encoder": {"layers", "attention"},
-    "unet": {"layers", "attention"},
-    "autoencoder": {"layers", "attention"},
+    "text_encoder": {"layers", "norms", "attention"},
+    "image_encoder": {"layers", "norms", "attention"},
+    "unet": {"layers", "norms", "attention"},
+    "autoencoder": {"layers", "norms", "attention"},
 }
 
 

@@ -13,7 +13,7 @@ from tiny_models import numbers, to_numpy
 from latentdiff.backend import Compiled, running_here
 from latentdiff.fused import LARGE, fused
 from latentdiff.models.attention import GEGLU, attend
-from latentdiff.models.layers import GroupNorm, LayerNormalization
+from latentdiff.models.norms import GroupNorm, LayerNormalization
 
 LARGE_MAP, LARGE_SEQUENCE = (2, 32, 64, 256), (2, 1024, 512)  # of LARGE numbers each
 ROUNDING = {"float32": 1e-5, "bfloat16": 2**-6}

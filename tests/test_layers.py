@@ -17,7 +17,6 @@ from latentdiff.models.layers import (
     ClassToken,
     Conv,
     Downsample,
-    GroupNorm,
     PositionEmbedding,
     ResnetBlock,
     TimestepEmbedding,
@@ -26,6 +25,7 @@ from latentdiff.models.layers import (
     dense,
     timestep_embedding,
 )
+from latentdiff.models.norms import GroupNorm
 
 
 @pytest.mark.parametrize(

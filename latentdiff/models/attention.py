@@ -5,25 +5,15 @@ References: Vaswani et al. 2017, eq. 1, arXiv:1706.03762; Rombach et al. 2022, a
 Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
 """
 
-import functools
 import math
 
 import keras
 from keras import ops
 
 from latentdiff.backend import default_dtype, has_cudnn_attention, on_cpu, on_onednn
-from latentdiff.fused import fused, weighted
-from latentdiff.models.layers import (
-    Block,
-    check_groups,
-    conv,
-    dense,
-    group_norm,
-    heads_of,
-    kernel_initializer,
-    layer_norm,
-    register,
-)
+from latentdiff.fused import fused, fuses, learnt, weighted
+from latentdiff.models.layers import Block, conv, dense, heads_of, kernel_initializer, register
+from latentdiff.models.norms import check_groups, group_norm, layer_norm
 
 SCORES = 2**23  # computed at once on a CPU, whose cache they stay in
 SCORES_OF_ACCELERATOR = 2**25
@@ -402,14 +392,50 @@ def gelu_tanh(x):
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
-def _gate(activation, product, bias):
-    value, gate = ops.split(ops.add(product, bias), 2, axis=-1)
-    return value * activation(gate)
+def _gate(activation, tanh: bool):
+    """(product, bias) -> value activation(gate), the halves of their sum; its gradient in one pass over memory."""
+
+    @fused
+    def gated(product, bias):
+        if not fuses(product):
+            value, gate = ops.split(ops.add(product, bias), 2, axis=-1)
+            return value * activation(gate)
+        value, gate = _halves(product, bias)
+        return ops.cast(value * gate * _share(gate, tanh), product.dtype)
+
+    @fused
+    def of_product(product, bias, upstream):
+        value, gate = _halves(product, bias)
+        upstream, share = ops.cast(upstream, "float32"), _share(gate, tanh)
+        halves = upstream * gate * share, upstream * value * (share + gate * _slope(gate, share, tanh))
+        # Two rows, not one after the other: XLA asks of every number in which it is, rather than of every row.
+        return ops.reshape(ops.cast(ops.stack(halves, axis=-2), product.dtype), ops.shape(product))
+
+    def gradient(arrays, _, upstream):
+        of_sum = of_product(*arrays, upstream)
+        rows = ops.reshape(of_sum, (-1, of_sum.shape[-1]))
+        # a sum in float32, rounded; XLA is slow in sums over rows
+        return of_sum, ops.matmul(ops.ones((1, ops.shape(rows)[0]), rows.dtype), rows)[0]
+
+    return learnt(lambda *arrays: [gated(*arrays)], gradient)
 
 
-def _of_bias(of_product):
-    rows = ops.reshape(of_product, (-1, of_product.shape[-1]))
-    return [ops.matmul(ops.ones((1, ops.shape(rows)[0]), rows.dtype), rows)[0]]  # a sum in float32, rounded
+def _halves(product, bias):
+    return ops.split(ops.cast(product, "float32") + ops.cast(bias, "float32"), 2, axis=-1)
 
 
-GATED = {name: fused(functools.partial(_gate, f), _of_bias) for name, f in (("exact", gelu), ("tanh", gelu_tanh))}
+def _share(x, tanh: bool):
+    """What GELU multiplies x by: Phi(x), or near it."""
+    if tanh:
+        return 0.5 + 0.5 * ops.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+    return 0.5 + 0.5 * ops.erf(x * math.sqrt(0.5))
+
+
+def _slope(x, share, tanh: bool):
+    """The derivative of `_share`, where that is `share`."""
+    if tanh:
+        return share * (1 - share) * (2 * math.sqrt(2 / math.pi)) * (1 + 3 * 0.044715 * x * x)
+    return ops.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+GATED = {"exact": _gate(gelu, tanh=False), "tanh": _gate(gelu_tanh, tanh=True)}

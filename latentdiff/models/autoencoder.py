@@ -9,7 +9,8 @@ import keras
 from keras import ops
 
 from latentdiff.models.attention import AttentionBlock
-from latentdiff.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm, register
+from latentdiff.models.layers import Downsample, ResnetBlock, Upsample, conv, register
+from latentdiff.models.norms import group_norm
 
 
 def build_encoder(

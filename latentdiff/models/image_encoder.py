@@ -8,14 +8,8 @@ from collections.abc import Sequence
 import keras
 
 from latentdiff.models.attention import CLIPLayer
-from latentdiff.models.layers import (
-    ClassToken,
-    PositionEmbedding,
-    dense,
-    kernel_initializer,
-    layer_norm,
-    register,
-)
+from latentdiff.models.layers import ClassToken, PositionEmbedding, dense, kernel_initializer, register
+from latentdiff.models.norms import layer_norm
 
 # Of the pictures that CLIP was trained on, by channel, where black is 0 and white is 1.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

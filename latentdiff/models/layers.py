@@ -1,4 +1,4 @@
-"""The blocks of the networks: convolution, norms, residual blocks, resampling, embeddings.
+"""The blocks of the networks: convolution, residual blocks, resampling, embeddings.
 
 Layout is channels last, (B, H, W, C); sequences are (B, N, D). Blocks take ints, in the order of the documents' code.
 References: Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, appendix B, arXiv:2006.11239;
@@ -15,7 +15,7 @@ import keras
 from keras import ops
 
 from latentdiff.backend import has_gpu, unwritten
-from latentdiff.fused import fused, fuses
+from latentdiff.models.norms import check_groups, group_norm
 
 register = keras.saving.register_keras_serializable(package="latentdiff")
 
@@ -110,12 +110,6 @@ def conv(channels: int, size: int, name: str, dtype=None, zero: bool = False) ->
     return Conv(channels, size, padding="same", kernel_initializer=kernel_initializer(zero), name=name, dtype=dtype)
 
 
-def check_groups(channels: int, groups: int) -> None:
-    """Raises ValueError where `groups` does not divide `channels`."""
-    if groups < 1 or channels % groups:
-        raise ValueError(f"`channels` must be divisible by `groups`. Received: channels={channels}, groups={groups}.")
-
-
 def heads_of(width: int, heads: int) -> int:
     """The width of one head; raises ValueError where `heads` does not divide `width`."""
     if heads < 1 or width % heads:
@@ -141,95 +135,6 @@ class Block(keras.layers.Layer):
         """Builds each named sublayer for the shape it will see."""
         for name, shape in shapes.items():
             getattr(self, name).build(shape)
-
-
-@register
-class GroupNorm(keras.layers.GroupNormalization):
-    """Group normalisation, equal to Keras' own, as one float32 sum per channel and one multiply-add over the array.
-
-    The variance is a difference of sums: where a mean is r times the deviation, its relative error is about 1e-7 r^2.
-
-    Args:
-        groups: how many groups the channels fall into; divides the channels.
-        epsilon: added to the variance.
-        swish: whether x sigmoid(x) follows, in the same pass where `fused` makes it one.
-
-    Reference: Wu and He 2018, arXiv:1803.08494.
-    """
-
-    def __init__(self, groups: int = 32, epsilon: float = 1e-5, swish: bool = False, **keywords):
-        super().__init__(groups=groups, epsilon=epsilon, **keywords)
-        self.swish = swish
-
-    def build(self, x_shape):
-        check_groups(x_shape[-1], self.groups)
-        super().build(x_shape)
-
-    def call(self, inputs):
-        """inputs: (B, ..., W, C) -> (B, ..., W, C)."""
-        x = inputs if fuses(inputs) else ops.cast(inputs, "float32")  # once for both passes
-        mean, square = (self._over_groups(moment) for moment in _moments(x))  # (B, G, 1)
-        return self.normalize(x, mean, ops.maximum(square - ops.square(mean), 0.0))
-
-    def normalize(self, x, mean, variance):
-        """x (B, ..., C), by statistics of its groups or of a larger array's, float32 (B, G, 1) -> (B, ..., C)."""
-        gamma, beta = (ops.reshape(ops.cast(v, "float32"), (self.groups, -1)) for v in (self.gamma, self.beta))
-        scale = ops.rsqrt(variance + self.epsilon) * gamma  # (B, G, C / G)
-        per_channel = (-1, *(1 for _ in x.shape[1:-1]), x.shape[-1])  # (B, 1, ..., C)
-        scale, offset = ops.reshape(scale, per_channel), ops.reshape(beta - mean * scale, per_channel)
-        return _scaled(self.compute_dtype, self.swish)(x, scale, offset)
-
-    def _over_groups(self, x):
-        x = ops.mean(x, axis=tuple(range(1, len(x.shape) - 1)))  # (B, C)
-        return ops.mean(ops.reshape(x, (-1, self.groups, x.shape[-1] // self.groups)), axis=-1, keepdims=True)
-
-    def get_config(self) -> dict:
-        return {**super().get_config(), "swish": self.swish}
-
-
-@fused
-def _moments(x):
-    """(B, ..., W, C) -> the means over W of the numbers and of their squares: float32 (B, ..., C)."""
-    x = ops.cast(x, "float32")
-    return ops.mean(x, axis=-2), ops.mean(ops.square(x), axis=-2)
-
-
-@functools.cache
-def _scaled(dtype: str, swish: bool):
-    def scaled(x, scale, offset):
-        x = ops.cast(ops.cast(x, "float32") * scale + offset, dtype)
-        return ops.silu(x) if swish else x
-
-    return fused(scaled)
-
-
-def group_norm(groups: int, epsilon: float, name: str, dtype=None, swish: bool = False) -> GroupNorm:
-    """A group normalisation with the field's three arguments, and whether swish follows it."""
-    return GroupNorm(groups=groups, epsilon=epsilon, swish=swish, name=name, dtype=dtype)
-
-
-@register
-class LayerNormalization(keras.layers.LayerNormalization):
-    """Keras' own over the last axis, in one pass over memory where `fused` makes it one.
-
-    It has the name of Keras' own since that is what Keras calls a layer in its files.
-
-    Reference: Ba et al. 2016, arXiv:1607.06450.
-    """
-
-    def call(self, inputs):
-        """inputs: (B, ..., C) -> (B, ..., C)."""
-        return ops.cast(_over_last_axis(self.epsilon)(inputs, self.gamma, self.beta), self.compute_dtype)
-
-
-@functools.cache
-def _over_last_axis(epsilon: float):
-    return fused(lambda x, gamma, beta: ops.layer_normalization(x, gamma, beta, -1, epsilon))
-
-
-def layer_norm(epsilon: float, name: str, dtype=None) -> LayerNormalization:
-    """A layer normalisation over the last axis."""
-    return LayerNormalization(epsilon=epsilon, name=name, dtype=dtype)
 
 
 @register

@@ -6,7 +6,8 @@ Reference: Radford et al. 2021, sec. 2.4, arXiv:2103.00020.
 import keras
 
 from latentdiff.models.attention import CLIPLayer
-from latentdiff.models.layers import PositionEmbedding, embedding_initializer, layer_norm, register
+from latentdiff.models.layers import PositionEmbedding, embedding_initializer, register
+from latentdiff.models.norms import layer_norm
 
 
 @register

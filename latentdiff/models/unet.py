@@ -9,16 +9,8 @@ from collections.abc import Sequence
 import keras
 
 from latentdiff.models.attention import SpatialTransformer
-from latentdiff.models.layers import (
-    Downsample,
-    ResnetBlock,
-    TimestepEmbedding,
-    Upsample,
-    conv,
-    dense,
-    group_norm,
-    register,
-)
+from latentdiff.models.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, conv, dense, register
+from latentdiff.models.norms import group_norm
 
 
 @register
