@@ -16,7 +16,7 @@ from keras import ops
 from latentdiff.backend import is_learning, on_onednn
 
 ROWS = 32  # of an array that XLA sums at a time, still many columns at once
-LARGE = 2**20  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
+LARGE = 2**19  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
 BATCH = 16  # is taken for one that is not known yet
 
 
@@ -101,7 +101,7 @@ def sums_of_slices(terms: Callable[[slice], Sequence[Any]], size: int | None, pa
 def fuses(*arrays: Any) -> bool:
     """Whether one pass over these is worth XLA's compilation: one of them is large, `on_onednn`."""
     sizes = (math.prod(BATCH if size is None else size for size in array.shape) for array in arrays)
-    return on_onednn() and max(sizes) >= (LARGE // 2 if is_learning() else LARGE)  # a training's passes are many
+    return on_onednn() and max(sizes) >= LARGE
 
 
 def weighted(scores: Any, value: Any) -> Any:

@@ -15,12 +15,14 @@ from latentdiff.fused import LARGE, fused
 from latentdiff.models.attention import GEGLU, attend
 from latentdiff.models.norms import GroupNorm, LayerNormalization
 
-LARGE_MAP, LARGE_SEQUENCE = (2, 32, 64, 256), (2, 1024, 512)  # of LARGE numbers each
+LARGE_MAP, LARGE_SEQUENCE = (2, 16, 64, 256), (2, 512, 512)  # of LARGE numbers each
 ROUNDING = {"float32": 1e-5, "bfloat16": 2**-6}
 LAYERS = {
     "norm": (GroupNorm, LARGE_MAP, {"groups": 8}),
     "norm and swish": (GroupNorm, LARGE_MAP, {"groups": 8, "swish": True}),
+    "norm of sizes that have no small divisor": (GroupNorm, (3, 37, 37, 132), {"groups": 6, "swish": True}),
     "layer norm": (LayerNormalization, LARGE_SEQUENCE, {}),
+    "layer norm of sizes that have no divisor": (LayerNormalization, (3, 347, 509), {}),
     "geglu": (GEGLU, LARGE_SEQUENCE, {"units": 1024}),
     "geglu of tanh": (GEGLU, LARGE_SEQUENCE, {"units": 1024, "gelu": "tanh"}),
 }
@@ -31,7 +33,7 @@ def layer_and_input(name, dtype):
     keras.utils.set_random_seed(0)
     layer = kind(**arguments, dtype=dtype)
     x = ops.cast(ops.convert_to_tensor(numbers(*shape, seed=1) + 0.5), dtype)
-    assert np.prod(x.shape) == LARGE
+    assert np.prod(x.shape) >= LARGE
     layer.build(x.shape)
     return layer, x
 
@@ -108,8 +110,9 @@ def test_gradients_are_those_of_the_layer(name, dtype):
             y = layer(x)
         return [tf.cast(g, "float32") for g in tape.gradient(y, [x, *variables], upstream)]
 
+    open_batch = [tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in (x, upstream)]
     with running_here(learning=True):
-        found = tf.function(functools.partial(gradients, layer))(x, upstream)
+        found = tf.function(functools.partial(gradients, layer), input_signature=open_batch)(x, upstream)
     expected = gradients(exact, tf.cast(x, "float32"), tf.cast(upstream, "float32"))
     for one, other in zip(expected, found, strict=True):
         assert np.abs(other - one).max() <= 4 * ROUNDING[dtype] * np.abs(one).max()
