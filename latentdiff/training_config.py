@@ -115,6 +115,8 @@ class AutoencoderConfig(PicturesConfig):
         channels, blocks_per_level, latent_channels, groups: `Autoencoder`'s; without effect where `start` has them.
         kl_weight, l1_weight, l2_weight, discriminator_weight, discriminator_start: see `AutoencoderTraining`; a
             `discriminator_weight` of 0 trains without one.
+        train_encoder: whether the encoder is trained; otherwise `start`'s latents stay what they are, and a UNet of
+            theirs gets a better decoder.
         discriminator_width, discriminator_depth: `PatchDiscriminator`'s.
     """
 
@@ -129,6 +131,11 @@ class AutoencoderConfig(PicturesConfig):
     discriminator_start: int = 10000
     discriminator_width: int = 64
     discriminator_depth: int = 3
+    train_encoder: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require(self.train_encoder or bool(self.start), "train_encoder", "true where `start` is none")
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,20 @@ def test_another_run_in_its_place_is_refused(autoencoder, folder, capsys):
     assert "A run must go on as it began, or in another directory. Received: seed=7" in capsys.readouterr().err
 
 
+def test_decoder_is_trained_alone_for_latents_that_stay(autoencoder, folder):
+    arguments = ["--start", str(autoencoder / "model"), "--no-train-encoder"]
+    assert train("autoencoder", folder, folder / "decoder", *arguments, steps="2") == 0
+    before, after = (ld.Autoencoder.from_preset(str(d / "model")) for d in (autoencoder, folder / "decoder"))
+    same = {
+        part: [
+            (mine == theirs).all()
+            for mine, theirs in zip(arrays(getattr(before, part)), arrays(getattr(after, part)), strict=True)
+        ]
+        for part in ("encoder", "decoder")
+    }
+    assert all(same["encoder"]) and not all(same["decoder"])
+
+
 def test_pictures_of_several_sizes_keep_their_shape(folder):
     for i, path in enumerate(sorted((folder / "toy").glob("0000[0-7].png"))):
         with Image.open(path) as picture:
@@ -264,6 +278,7 @@ def test_toy_configurations_are_right_and_short(kind):
     ("arguments", "message"),
     [
         (["--steps", "0"], "`steps` must be at least 1. Received: steps=0."),
+        (["--no-train-encoder"], "`train_encoder` must be true where `start` is none."),
         (["--crop", "left"], "`crop` must be one of random, centre. Received: crop='left'."),
         (["--ema-decay", "1"], "`ema_decay` must be in [0, 1). Received: ema_decay=1.0."),
         (["--max-steps", "0"], "--max-steps must be at least 1. Received: 0."),

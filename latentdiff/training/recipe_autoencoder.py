@@ -31,6 +31,7 @@ def autoencoder_recipe(config: AutoencoderConfig) -> Recipe:
             groups=config.groups,
             dtype=config.dtype,
         )
+    autoencoder.encoder.trainable = config.train_encoder
     discriminator = None
     if config.discriminator_weight:
         discriminator = PatchDiscriminator(
