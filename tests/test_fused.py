@@ -91,9 +91,10 @@ def test_attention_in_half_precision_sums_in_float32():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere all is XLA's")
+@pytest.mark.parametrize("known", ["all but the batch", "channels"])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_are_those_of_the_layer(name, dtype):
+def test_gradients_are_those_of_the_layer(name, dtype, known):
     """Of the input and of every weight, for an upstream gradient that is nowhere the same; against float32."""
     import tensorflow as tf
 
@@ -110,9 +111,10 @@ def test_gradients_are_those_of_the_layer(name, dtype):
             y = layer(x)
         return [tf.cast(g, "float32") for g in tape.gradient(y, [x, *variables], upstream)]
 
-    open_batch = [tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in (x, upstream)]
+    first = 1 if known == "all but the batch" else -1
+    given = [tf.TensorSpec((*(None for _ in a.shape[:first]), *a.shape[first:]), a.dtype) for a in (x, upstream)]
     with running_here(learning=True):
-        found = tf.function(functools.partial(gradients, layer), input_signature=open_batch)(x, upstream)
+        found = tf.function(functools.partial(gradients, layer), input_signature=given)(x, upstream)
     expected = gradients(exact, tf.cast(x, "float32"), tf.cast(upstream, "float32"))
     for one, other in zip(expected, found, strict=True):
         assert np.abs(other - one).max() <= 4 * ROUNDING[dtype] * np.abs(one).max()
