@@ -17,7 +17,7 @@ from latentdiff.backend import is_learning, on_onednn
 
 ROWS = 32  # of an array that XLA sums at a time, still many columns at once
 LARGE = 2**19  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
-BATCH = 16  # is taken for one that is not known yet
+OPEN = 16  # is taken for every size that is not known yet
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,8 +99,10 @@ def sums_of_slices(terms: Callable[[slice], Sequence[Any]], size: int | None, pa
 
 
 def fuses(*arrays: Any) -> bool:
-    """Whether one pass over these is worth XLA's compilation: one of them is large, `on_onednn`."""
-    sizes = (math.prod(BATCH if size is None else size for size in array.shape) for array in arrays)
+    """Whether one pass over these is worth XLA's compilation: one is large, none is of float64, `on_onednn`."""
+    if any("float64" in str(array.dtype) for array in arrays):  # what is fused computes in float32
+        return False
+    sizes = (math.prod(OPEN if size is None else size for size in array.shape) for array in arrays)
     return on_onednn() and max(sizes) >= LARGE
 
 

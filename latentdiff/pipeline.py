@@ -363,8 +363,9 @@ class TextToImage:
             yield
             return
         with ThreadPoolExecutor(1) as thread:
-            # What fails here fails again in the call, and is told there.
-            thread.submit(self._decode.trace, np.zeros((size, *shape), "float32"))
+            # What fails in the thread fails again in the call, and is told there.
+            with contextlib.suppress(RuntimeError):  # no thread can begin: the call will trace
+                thread.submit(self._decode.trace, np.zeros((size, *shape), "float32"))
             yield
 
     def _decoded(self, latent: np.ndarray, tiled: bool) -> np.ndarray:

@@ -254,9 +254,18 @@ def field_types(kind: str) -> dict[str, Any]:
     return typing.get_type_hints(KINDS[kind])
 
 
+def defaults(kind: type[Config]) -> dict[str, Any]:
+    """What each name is where nothing is said, of those that need not be said, as JSON says it."""
+    return _plain({f.name: f.default for f in fields(kind) if f.default is not MISSING})
+
+
 def as_json(config: Config) -> dict[str, Any]:
     """The configuration as JSON says it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return _plain(asdict(config))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:

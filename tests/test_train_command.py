@@ -99,6 +99,14 @@ def test_run_is_made_longer_by_the_same_command(autoencoder, folder):
     assert losses(autoencoder)[:4] == before and [step for step, _ in losses(autoencoder)][4:] == [5, 6]
 
 
+def test_run_goes_on_whose_configuration_lacks_a_newer_name(autoencoder, folder):
+    kept = json.loads((autoencoder / "config.json").read_text())
+    del kept["train_encoder"]
+    (autoencoder / "config.json").write_text(json.dumps(kept))
+    assert train("autoencoder", folder, autoencoder, steps="6") == 0
+    assert json.loads((autoencoder / "config.json").read_text())["train_encoder"] is True
+
+
 def test_another_run_in_its_place_is_refused(autoencoder, folder, capsys):
     with pytest.raises(SystemExit):
         train("autoencoder", folder, autoencoder, "--seed", "7")

@@ -110,7 +110,7 @@ def _repeated(x, number, channels: int):
 
 
 def _in_rows(x):
-    """(B, ..., W, C) -> (B, ..., R, C) of the same numbers, with R no more than XLA sums at a time, where it does."""
+    """(B, ..., W, C) -> (B, ..., R, C) of the same numbers; R is what XLA sums at a time, where that is possible."""
     sizes = x.shape[1:-1]
     rows = 1 if None in sizes or not fuses(x) else divisor(math.prod(sizes), ROWS)
     return x if rows == 1 else ops.reshape(x, (-1, math.prod(sizes) // rows, rows, x.shape[-1]))
@@ -243,9 +243,9 @@ def _means(terms, size: int):
 @fused
 def _gradient_of_normalized(x, gamma, upstream, mean, inverse):
     h = (ops.cast(x, "float32") - mean) * inverse
-    u = ops.cast(upstream, "float32") * ops.cast(gamma, "float32")
-    of_u, of_h = _means(lambda part: [u[..., part], u[..., part] * h[..., part]], x.shape[-1])
-    return ops.cast((u - of_u - h * of_h) * inverse, x.dtype)
+    gu = ops.cast(gamma, "float32") * ops.cast(upstream, "float32")
+    mean_gu, mean_guh = _means(lambda part: [gu[..., part], gu[..., part] * h[..., part]], x.shape[-1])
+    return ops.cast((gu - mean_gu - h * mean_guh) * inverse, x.dtype)
 
 
 @fused

@@ -29,6 +29,7 @@ from latentdiff.training_config import (
     DiffusionConfig,
     PicturesConfig,
     as_json,
+    defaults,
 )
 
 LEVELS = [f"{way}_{level}" for way in ("down", "up") for level in range(9)]
@@ -95,6 +96,7 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
             directory,
             as_json(config),
             config.steps,
+            defaults=defaults(type(config)),
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             keep=config.keep,

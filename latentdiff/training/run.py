@@ -56,6 +56,7 @@ class Run(keras.callbacks.Callback):
     Args:
         directory: the run's own; made where it is missing.
         config: what the run depends on, as JSON can say it.
+        defaults: what holds for a name that the configuration of a run begun earlier does not have.
         steps: batches of the whole run.
         checkpoint_every: batches between two checkpoints.
         log_every: batches between two rows of metrics; at most `HISTORY`.
@@ -76,6 +77,7 @@ class Run(keras.callbacks.Callback):
         config: Mapping[str, Any],
         steps: int,
         *,
+        defaults: Mapping[str, Any] | None = None,
         checkpoint_every: int = 1000,
         log_every: int = 50,
         sample_every: int | None = None,
@@ -86,6 +88,7 @@ class Run(keras.callbacks.Callback):
         validate: Callable[[], Mapping[str, float]] | None = None,
     ):
         super().__init__()
+        self.defaults = dict(defaults or {})
         self.directory, self.config, self.steps = pathlib.Path(directory), json.loads(json.dumps(config)), steps
         self.every = {
             "log": log_every,
@@ -147,7 +150,7 @@ class Run(keras.callbacks.Callback):
     def _check_config(self) -> None:
         path = self.directory / "config.json"
         if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = {**self.defaults, **json.loads(path.read_text(encoding="utf-8"))}
             names = sorted({*kept, *self.config} - set(MAY_CHANGE))
             other = [name for name in names if kept.get(name) != self.config.get(name)]
             if other:
