@@ -38,22 +38,16 @@ class Compiled:
         self.traces = 0
         self._function = function
         self._models = tuple(models)
-        self._run: Any = self._traced
         if keras.backend.backend() == "jax":
             self._run = self._jax()
         elif keras.backend.backend() == "tensorflow":
             self._run = self._tensorflow()
+        else:
+            self._run = self._traced
 
     def __call__(self, *arrays: Any) -> Any:
         """What `function` gives for these arrays, NumPy's or the backend's; Python numbers would be traced anew."""
         return self._run(*(array if ops.is_tensor(array) else ops.convert_to_tensor(array) for array in arrays))
-
-    def trace(self, *arrays: np.ndarray) -> None:
-        """Traces for arrays such as these, and computes nothing; elsewhere than on TensorFlow a call does that."""
-        if keras.backend.backend() == "tensorflow":
-            import tensorflow as tf
-
-            self._run.get_concrete_function(*(tf.TensorSpec(array.shape, array.dtype) for array in arrays))
 
     def _traced(self, *arrays):
         self.traces += 1

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -250,8 +249,7 @@ class TextToImage:
             with self._weights.held("text_encoder"):
                 runs = [encoded(start) for start in group]
             latents = []
-            decodes_whole = output == "image" and not tiled
-            with self._weights.held("unet"), self._decoder_traced_beside(shape, size if decodes_whole else 0):
+            with self._weights.held("unet"):
                 for run in runs:
                     latent, going = run.loop(bar, callback, cache_interval)
                     latents.append(self._finished(latent))
@@ -350,23 +348,6 @@ class TextToImage:
                 f'{self.dtype}. dtype="float32" has the widest range.'
             )
         return latent
-
-    @contextlib.contextmanager
-    def _decoder_traced_beside(self, shape: tuple[int, int, int], size: int) -> Iterator[None]:
-        """Traces the decoder in a thread, at its first latents: TensorFlow prepares a UNet's first step without Python.
-
-        Args:
-            shape: (h, w, c) of a latent.
-            size: how many there will be; none where the decoder is not wanted.
-        """
-        if not size or not isinstance(self._decode, Compiled) or self._decode.traces:
-            yield
-            return
-        with ThreadPoolExecutor(1) as thread:
-            # What fails in the thread fails again in the call, and is told there.
-            with contextlib.suppress(RuntimeError):  # no thread can begin: the call will trace
-                thread.submit(self._decode.trace, np.zeros((size, *shape), "float32"))
-            yield
 
     def _decoded(self, latent: np.ndarray, tiled: bool) -> np.ndarray:
         return to_numpy(_grey_levels(self._decode_tiled(latent)) if tiled else self._decode(latent), "uint8")
