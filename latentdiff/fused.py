@@ -20,16 +20,17 @@ LARGE = 2**19  # numbers of an array, from which on a pass over memory takes lon
 OPEN = 16  # is taken for every size that is not known yet
 
 
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+def fused(function: Callable[..., Any], plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """A function of arrays that computes element by element, or along axes, in one pass over memory.
 
-    So it is where `fuses` says so; elsewhere it is what it was. Its gradient is `learnt`'s to say.
+    So it is where `fuses` says so; elsewhere it is what it was, or `plain`. Its gradient is `learnt`'s to say.
 
     XLA computes many numbers at a time in what it makes of elements, of slices of an array, and of sums of up to
     `ROWS` rows; in longer sums, and in those along the last axis, it goes from number to number.
 
     Args:
         function: takes and gives arrays.
+        plain: the same in the words that are best where each operation is a pass of its own.
     """
 
     @functools.cache  # of shapes and dtypes: TensorFlow warns of a function that is traced for many
@@ -40,7 +41,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arrays):
         if not fuses(*arrays):
-            return function(*arrays)
+            return (plain or function)(*arrays)
         arrays = _tensors(arrays)
         return compiled(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
 

@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from latentdiff.backend import default_dtype, has_cudnn_attention, on_cpu, on_onednn
-from latentdiff.fused import fused, fuses, learnt, weighted
+from latentdiff.fused import fused, learnt, weighted
 from latentdiff.models.layers import Block, conv, dense, heads_of, kernel_initializer, register
 from latentdiff.models.norms import check_groups, group_norm, layer_norm
 
@@ -392,16 +392,16 @@ def gelu_tanh(x):
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
-def _gate(activation, tanh: bool):
-    """(product, bias) -> value activation(gate), the halves of their sum; its gradient in one pass over memory."""
+def _gate(tanh: bool):
+    """(product, bias) -> value gelu(gate), the halves of their sum; its gradient in one pass over memory."""
 
-    @fused
     def gated(product, bias):
-        if not fuses(product):
-            value, gate = ops.split(ops.add(product, bias), 2, axis=-1)
-            return value * activation(gate)
         value, gate = _halves(product, bias)
-        return ops.cast(value * gate * _share(gate, tanh), product.dtype)
+        return [ops.cast(value * gate * _share(gate, tanh), product.dtype)]
+
+    def plain(product, bias):
+        value, gate = ops.split(ops.add(product, bias), 2, axis=-1)
+        return [value * ops.gelu(gate, approximate=tanh)]
 
     @fused
     def of_product(product, bias, upstream):
@@ -417,7 +417,7 @@ def _gate(activation, tanh: bool):
         # a sum in float32, rounded; XLA is slow in sums over rows
         return of_sum, ops.matmul(ops.ones((1, ops.shape(rows)[0]), rows.dtype), rows)[0]
 
-    return learnt(lambda *arrays: [gated(*arrays)], gradient)
+    return learnt(fused(gated, plain), gradient)
 
 
 def _halves(product, bias):
@@ -438,4 +438,4 @@ def _slope(x, share, tanh: bool):
     return ops.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
 
 
-GATED = {"exact": _gate(gelu, tanh=False), "tanh": _gate(gelu_tanh, tanh=True)}
+GATED = {"exact": _gate(tanh=False), "tanh": _gate(tanh=True)}

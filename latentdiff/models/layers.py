@@ -15,9 +15,7 @@ import keras
 from keras import ops
 
 from latentdiff.backend import has_gpu, unwritten
-from latentdiff.models.norms import check_groups, group_norm
-
-register = keras.saving.register_keras_serializable(package="latentdiff")
+from latentdiff.models.norms import check_groups, group_norm, register
 
 _blank = contextvars.ContextVar("blank", default=False)
 

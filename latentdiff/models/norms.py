@@ -75,7 +75,6 @@ def _group_norm(groups: int, epsilon: float, swish: bool, dtype: str):
     def gradient(arrays, given, upstream):
         x, gamma, beta = arrays
         _, scale, offset, mean, inverse = given
-        positions = math.prod(x.shape[1:-1]) if None not in x.shape[1:-1] else ops.prod(ops.shape(x)[1:-1])
         channels = x.shape[-1] // groups
         sums, products = (
             ops.reshape(ops.sum(part, axis=1), (-1, groups, channels))
@@ -83,10 +82,10 @@ def _group_norm(groups: int, epsilon: float, swish: bool, dtype: str):
         )  # of dy and of dy x
         products = (products - mean * sums) * inverse  # of dy h
         weight = ops.reshape(ops.cast(gamma, "float32"), (groups, -1))
-        count = ops.cast(positions * channels, "float32")
+        count = ops.cast(_positions(x) or ops.prod(ops.shape(x)[1:-1]), "float32") * channels
         along = ops.sum(products * weight, axis=-1, keepdims=True) / count * ops.square(inverse)
         constant = ops.sum(sums * weight, axis=-1, keepdims=True) / count * inverse - mean * along
-        per_channel = [_repeated(x, number, channels) for number in (along, constant)]
+        per_channel = [_to_channels(x, ops.repeat(number, channels, axis=-1)) for number in (along, constant)]
         return (
             _gradient_of_scaled(swish)(x, upstream, scale, offset, *per_channel),
             ops.cast(ops.reshape(ops.sum(products, axis=0), (-1,)), gamma.dtype),
@@ -100,20 +99,24 @@ def _per_channel(x, mean, inverse, gamma, beta):
     """What to multiply x (B, ..., C) by and to add to it; mean and inverse are float32 (B, G, 1)."""
     gamma, beta = (ops.reshape(ops.cast(v, "float32"), (mean.shape[1], -1)) for v in (gamma, beta))
     scale = inverse * gamma  # (B, G, C / G)
-    shape = (-1, *(1 for _ in x.shape[1:-1]), x.shape[-1])  # (B, 1, ..., C)
-    return ops.reshape(scale, shape), ops.reshape(beta - mean * scale, shape)
+    return _to_channels(x, scale), _to_channels(x, beta - mean * scale)
 
 
-def _repeated(x, number, channels: int):
-    """A number of each group, (B, G, 1), for each of its channels, as x has them: (B, 1, ..., C)."""
-    return ops.reshape(ops.repeat(number, channels, axis=-1), (-1, *(1 for _ in x.shape[1:-1]), x.shape[-1]))
+def _to_channels(x, numbers):
+    """(B, G, C / G), as many as x (B, ..., C) has channels -> (B, 1, ..., C)."""
+    return ops.reshape(numbers, (-1, *(1 for _ in x.shape[1:-1]), x.shape[-1]))
+
+
+def _positions(x) -> int | None:
+    """How many positions x (B, ..., C) has; None where that is not known."""
+    return None if None in x.shape[1:-1] else math.prod(x.shape[1:-1])
 
 
 def _in_rows(x):
     """(B, ..., W, C) -> (B, ..., R, C) of the same numbers; R is what XLA sums at a time, where that is possible."""
-    sizes = x.shape[1:-1]
-    rows = 1 if None in sizes or not fuses(x) else divisor(math.prod(sizes), ROWS)
-    return x if rows == 1 else ops.reshape(x, (-1, math.prod(sizes) // rows, rows, x.shape[-1]))
+    positions = _positions(x)
+    rows = divisor(positions, ROWS) if fuses(x) else 1
+    return x if positions is None or rows == 1 else ops.reshape(x, (-1, positions // rows, rows, x.shape[-1]))
 
 
 def _over_groups(x, groups: int):
@@ -131,13 +134,13 @@ def _moments(x):
 @functools.cache
 def _scaled(dtype: str, swish: bool):
     def scaled(x, scale, offset):
-        y = ops.cast(x, "float32") * scale + offset
-        if swish and fuses(x):
-            return ops.cast(y / (1.0 + ops.exp(-y)), dtype)  # as swish is, with fewer operations
-        y = ops.cast(y, dtype)
-        return ops.silu(y) if swish else y
+        return ops.cast(ops.cast(x, "float32") * scale + offset, dtype)
 
-    return fused(scaled)
+    def through_swish(x, scale, offset):
+        y = ops.cast(x, "float32") * scale + offset
+        return ops.cast(y / (1.0 + ops.exp(-y)), dtype)
+
+    return fused(through_swish, plain=lambda *arrays: ops.silu(scaled(*arrays))) if swish else fused(scaled)
 
 
 def _through_swish(x, upstream, scale, offset, swish: bool):
@@ -155,9 +158,7 @@ def _sums(swish: bool):
     """x, the gradient, scale, offset -> sums of dy and of dy x over parts of the positions: float32 (B, n, C) each."""
 
     def sums(x, upstream, scale, offset):
-        channels = x.shape[-1]
-        sizes = x.shape[1:-1]
-        positions = None if None in sizes else math.prod(sizes)
+        channels, positions = x.shape[-1], _positions(x)
         x, upstream = (ops.reshape(a, (-1, positions or ops.prod(ops.shape(a)[1:-1]), channels)) for a in (x, upstream))
         scale, offset = (ops.reshape(a, (-1, 1, channels)) for a in (scale, offset))
 
@@ -208,7 +209,6 @@ def _layer_norm(epsilon: float):
         d x = (gamma u - mean of gamma u - h (mean of gamma u h)) / sigma
     """
 
-    @fused
     def normalized(x, gamma, beta):
         dtype, x = x.dtype, ops.cast(x, "float32")
         (mean,) = _means(lambda part: [x[..., part]], x.shape[-1])
@@ -218,8 +218,8 @@ def _layer_norm(epsilon: float):
         y = x * inverse * ops.cast(gamma, "float32") + ops.cast(beta, "float32")
         return ops.cast(y, dtype), mean, inverse
 
-    def forward(x, gamma, beta):
-        return normalized(x, gamma, beta) if fuses(x) else [ops.layer_normalization(x, gamma, beta, -1, epsilon)]
+    def plain(x, gamma, beta):
+        return [ops.layer_normalization(x, gamma, beta, -1, epsilon)]
 
     def gradient(arrays, given, upstream):
         x, gamma, beta = arrays
@@ -232,7 +232,7 @@ def _layer_norm(epsilon: float):
             ops.cast(ops.sum(betas, axis=all_rows), beta.dtype),
         )
 
-    return learnt(forward, gradient)
+    return learnt(fused(normalized, plain), gradient)
 
 
 def _means(terms, size: int):
