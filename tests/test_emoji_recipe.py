@@ -63,6 +63,12 @@ def many_captions(one, count=3000):
     return collections.Counter(captions.training_caption(one, seed) for seed in range(count))
 
 
+def of_the_subject(drawn, style="noto"):
+    """Captions but for those that name the hand alone."""
+    alone = {frame.replace("S", style) for frame in captions.HAND_FRAMES}
+    return [caption for caption in drawn if caption not in alone]
+
+
 def edit_icon(data, style, icon, body):
     path = fetch.package_directory(fetch.STYLES[style], data) / "icons.json"
     icons = json.loads(path.read_text(encoding="utf-8"))
@@ -347,11 +353,22 @@ def test_training_words_a_heart_in_every_promised_way():
         "red heart, love, twemoji style",
         "love, twemoji style",
         "love",
+        "twemoji style",
+        "an emoji, twemoji style",
     } <= set(drawn)
     assert not any(other in caption for caption in drawn for other in ("noto", "fluent"))
     share = sum(count for caption, count in drawn.items() if "twemoji" in caption) / 3000
     assert 0.87 < share < 0.94
     assert 0.37 < drawn["red heart, twemoji style"] / 3000 < 0.55
+
+
+def test_one_caption_of_ten_names_the_hand_alone():
+    one = record(style="twemoji")
+    drawn = many_captions(one)
+    told = (one.name, *one.keywords)
+    alone = {caption: count for caption, count in drawn.items() if not any(word in caption for word in told)}
+    assert 0.08 < sum(alone.values()) / 3000 < 0.12
+    assert set(alone) == set(drawn) - set(of_the_subject(drawn, "twemoji"))
 
 
 def test_keywords_alone_never_hide_a_skin_tone_or_a_gender():
@@ -360,12 +377,12 @@ def test_keywords_alone_never_hide_a_skin_tone_or_a_gender():
         keywords=("dark skin tone", "fast", "race", "woman"),
         codepoints="1f3c3-1f3ff-200d-2640-200d-27a1",
     )
-    for caption in many_captions(runner, 1000):
+    for caption in of_the_subject(many_captions(runner, 1000)):
         assert "dark skin tone" in caption and "woman" in caption and "facing right" in caption
 
 
 def test_a_record_without_keywords_or_aliases_has_captions():
-    drawn = many_captions(record(name="pickle", keywords=()), 500)
+    drawn = of_the_subject(many_captions(record(name="pickle", keywords=()), 500))
     assert all("pickle" in caption for caption in drawn)
 
 
@@ -374,7 +391,7 @@ def test_a_country_is_known_by_its_flag_and_takes_no_article():
     assert {"flag of France, noto style", "the flag of France, noto style", "a France flag, noto style"} <= set(drawn)
     assert {"France", "France, noto style"} <= set(drawn)
     assert not any(caption.startswith("a France,") or "a flag:" in caption for caption in drawn)
-    assert all("France" in caption for caption in drawn)
+    assert all("France" in caption for caption in of_the_subject(drawn))
 
 
 def test_quotation_marks_come_as_printed_and_as_typed():

@@ -2,7 +2,8 @@
 
 `canonical_caption` is CLDR's short name and the hand: "red heart, noto style". `training_caption` varies it by a seed:
 with an article, with the hand named otherwise or not at all, with keywords beside or instead of the name, with the
-name worded as a person would ("flag of France", "man with red hair"). The same record and seed give the same words.
+name worded as a person would ("flag of France", "man with red hair"), with the hand alone, so that a hand is learnt
+apart from what it drew. The same record and seed give the same words.
 
 usage: python scripts/emoji/captions.py data/emoji/index.jsonl [--seed 0]     prints some, to be read by a person
 """
@@ -33,6 +34,7 @@ NAME_FRAMES = (
     "{a}",
     "{n}",
 )
+HAND_FRAMES = ("S style", "S style", "an emoji, S style", "an emoji in S style", "S emoji", "a S emoji", "S")
 KEYWORD_FRAMES = ("{n}, S style", "{n}, S style", "{n}, S style", "S {n}", "{n}, S emoji", "{n}")
 
 TRAIT = re.compile(r"(?:skin tone|hair|beard|bald)$")
@@ -61,8 +63,8 @@ def training_caption(record: Record, seed: int | str) -> str:
         seed: an int or a string, such as f"{epoch}/{row}".
 
     Returns:
-        The canonical caption four times of ten, the hand named nine times of ten. Equal for equal arguments on every
-        machine. Upper and lower case as in CLDR: the tokenizer lowers them.
+        The canonical caption four times of ten, the hand named nine times of ten, and alone one time of ten. Equal for
+        equal arguments on every machine. Upper and lower case as in CLDR: the tokenizer lowers them.
     """
     rng = random.Random(f"{seed}/{record.style}/{record.codepoints}")
     draw = rng.random()
@@ -70,6 +72,8 @@ def training_caption(record: Record, seed: int | str) -> str:
         caption = canonical_caption(record)
     elif draw < 0.56 and record.keywords:
         caption = choose(rng, KEYWORD_FRAMES).replace("S", record.style).format(n=keyword_subject(rng, record))
+    elif draw < 0.66:
+        caption = choose(rng, HAND_FRAMES).replace("S", record.style)
     else:
         name = name_subject(rng, record)
         subject = name if goes_by_country(record, name) else with_article(name)
