@@ -33,17 +33,10 @@ def fused(function: Callable[..., Any], plain: Callable[..., Any] | None = None)
         plain: the same in the words that are best where each operation is a pass of its own.
     """
 
-    @functools.cache  # of shapes and dtypes: TensorFlow warns of a function that is traced for many
-    def compiled(*_):
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True, autograph=False)
+    one_pass, passes = _graph_of(function, jit_compile=True), plain or function
 
     def call(*arrays):
-        if not fuses(*arrays):
-            return (plain or function)(*arrays)
-        arrays = _tensors(arrays)
-        return compiled(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
+        return (one_pass if fuses(*arrays) else passes)(*arrays)
 
     return call
 
@@ -51,14 +44,15 @@ def fused(function: Callable[..., Any], plain: Callable[..., Any] | None = None)
 def learnt(function: Callable[..., Sequence[Any]], gradient: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
     """A function of arrays with a gradient by hand, where it learns and `fuses`; elsewhere that is the backend's.
 
+    Where it neither learns nor `fuses`, it is traced once for all layers of a shape: most of what small ones cost.
+
     Args:
         function: arrays -> what is given, and whatever else the gradient is to know.
         gradient: (arrays, all that `function` gave, the gradient of the first of it) -> those of all arrays.
     """
+    often = _graph_of(lambda *arrays: function(*arrays)[0])
 
-    def call(*arrays):
-        if not (is_learning() and fuses(*arrays)):
-            return function(*arrays)[0]
+    def by_hand(*arrays):
         import tensorflow as tf
 
         @tf.custom_gradient  # TensorFlow keeps the graph of a gradient of one's own for ever
@@ -67,6 +61,28 @@ def learnt(function: Callable[..., Sequence[Any]], gradient: Callable[..., Seque
             return given[0], lambda upstream: gradient(arrays, given, upstream)
 
         return learning(*_tensors(arrays))
+
+    def call(*arrays):
+        large = fuses(*arrays)
+        if is_learning():
+            return by_hand(*arrays) if large else function(*arrays)[0]
+        return often(*arrays) if on_onednn() and not large else function(*arrays)[0]
+
+    return call
+
+
+def _graph_of(function, **options):
+    """A function that is traced once for equal shapes and dtypes, and a single operation wherever it is called."""
+
+    @functools.cache  # of shapes and dtypes: TensorFlow warns of a function that is traced for many
+    def graph(*_):
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False, **options)
+
+    def call(*arrays):
+        arrays = _tensors(arrays)
+        return graph(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
 
     return call
 
