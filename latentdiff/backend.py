@@ -38,16 +38,22 @@ class Compiled:
         self.traces = 0
         self._function = function
         self._models = tuple(models)
+        self._run: Any = self._traced
         if keras.backend.backend() == "jax":
             self._run = self._jax()
         elif keras.backend.backend() == "tensorflow":
             self._run = self._tensorflow()
-        else:
-            self._run = self._traced
 
     def __call__(self, *arrays: Any) -> Any:
         """What `function` gives for these arrays, NumPy's or the backend's; Python numbers would be traced anew."""
         return self._run(*(array if ops.is_tensor(array) else ops.convert_to_tensor(array) for array in arrays))
+
+    def trace(self, *shapes: tuple[int, ...]) -> None:
+        """Traces for float32 arrays of these shapes, without a call; elsewhere than on TensorFlow nothing is done."""
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            self._run.get_concrete_function(*map(tf.TensorSpec, shapes))
 
     def _traced(self, *arrays):
         self.traces += 1

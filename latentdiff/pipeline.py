@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -249,9 +250,10 @@ class TextToImage:
             with self._weights.held("text_encoder"):
                 runs = [encoded(start) for start in group]
             latents = []
-            with self._weights.held("unet"):
+            untiled = size if output == "image" and not tiled else 0
+            with self._weights.held("unet"), self._decoder_traced_beside(untiled, shape) as under_way:
                 for run in runs:
-                    latent, going = run.loop(bar, callback, cache_interval)
+                    latent, going = run.loop(bar, callback, cache_interval, under_way)
                     latents.append(self._finished(latent))
                     if not going:
                         break
@@ -348,6 +350,26 @@ class TextToImage:
                 f'{self.dtype}. dtype="float32" has the widest range.'
             )
         return latent
+
+    @contextlib.contextmanager
+    def _decoder_traced_beside(self, size: int, shape: tuple[int, int, int]) -> Iterator[Callable[[], None]]:
+        """What to call after the sampler's first step: the later ones leave Python free to trace the decoder.
+
+        Args:
+            size: how many latents there will be at a time; none where the whole decoder is not wanted.
+            shape: (h, w, c) of a latent.
+        """
+        if not size or not isinstance(self._decode, Compiled) or self._decode.traces:
+            yield lambda: None
+            return
+        with ThreadPoolExecutor(1) as thread:
+
+            def begin() -> None:
+                # What fails in the thread fails again in the call, and is told there.
+                with contextlib.suppress(RuntimeError):  # no thread can begin: the call will trace
+                    thread.submit(self._decode.trace, (size, *shape))
+
+            yield begin
 
     def _decoded(self, latent: np.ndarray, tiled: bool) -> np.ndarray:
         return to_numpy(_grey_levels(self._decode_tiled(latent)) if tiled else self._decode(latent), "uint8")

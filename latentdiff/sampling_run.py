@@ -94,8 +94,9 @@ class SamplingRun:
         bar: ProgressBar | None,
         callback: Callable[[int, np.ndarray], bool | None] | None,
         cache_interval: int = 1,
+        under_way: Callable[[], object] = lambda: None,
     ) -> tuple[Any, bool]:
-        """The latent after the last row, and whether the run was not stopped."""
+        """The latent after the last row, and whether the run was not stopped; `under_way` is called after the first."""
         table = self.table
         state = initial_state(self.fresh(0) * table.initial_scale)
         if callback is None and cache_interval == 1 and self._may_loop_inside():
@@ -117,6 +118,8 @@ class SamplingRun:
                 state, context, timestep, signal, noise, table.matrix[i].astype("float32"), fresh,
                 self.scale, self.rescale, *features,
             )  # fmt: skip
+            if i == 0:
+                under_way()
             if bar is not None:
                 bar.add()
             if callback is not None:

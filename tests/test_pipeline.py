@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
 import pytest
 from tiny_models import LATENT, PICTURE, numbers, relative_error, run, to_numpy
 
+import latentdiff as ld
+from latentdiff.backend import Compiled
 from latentdiff.diffusion.noise import normal, split_seeds
 from latentdiff.diffusion.samplers import make_table
 from latentdiff.diffusion.schedule import scaled_linear_schedule
@@ -249,6 +252,33 @@ def test_second_call_traces_nothing_again(generate, tiny_pipe):
         generate(sampler=sampler)
     generate(eta=0.5, guidance_rescale=0.5, guidance_interval=(0, 1000), noise=numbers(2, *LATENT))
     assert tiny_pipe.traces == before
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere only a call traces")
+def test_what_was_traced_ahead_is_not_traced_by_the_call(tiny_pipe):
+    compiled = Compiled(tiny_pipe.parts.unet.get_layer("conv_in"), [])
+    compiled.trace((1, *LATENT))
+    assert compiled.traces == 1
+    compiled(numbers(1, *LATENT))
+    assert compiled.traces == 1
+
+
+def test_decoder_is_traced_while_the_sampler_runs(tiny_directory, monkeypatch):
+    """In another thread, after the first step, in time for the picture, and only the first time."""
+    ahead, trace = [], Compiled.trace
+
+    def traced(self, *shapes):
+        trace(self, *shapes)
+        steps = [step.traces for step in pipe._steps.values()]
+        ahead.append((self, self.traces, steps, threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(Compiled, "trace", traced)
+    pipe = ld.TextToImage.from_preset(tiny_directory, dtype="float32")
+    for output in ("latent", "image", "image"):
+        pipe.generate("a red circle", num_steps=2, seed=0, progress=False, output=output)
+        traces = 1 if keras.backend.backend() == "tensorflow" else 0
+        assert ahead == ([] if output == "latent" else [(pipe._decode, traces, [1], False)])
+    assert pipe._decode.traces == 1
 
 
 def test_guidance_is_switched_on_and_off_at_one_trace_each(generate, tiny_pipe):
