@@ -359,7 +359,8 @@ class TextToImage:
             size: how many latents there will be at a time; none where the whole decoder is not wanted.
             shape: (h, w, c) of a latent.
         """
-        if not size or not isinstance(self._decode, Compiled) or self._decode.traces:
+        decode = self._decode
+        if not size or not isinstance(decode, Compiled) or decode.traces:
             yield lambda: None
             return
         with ThreadPoolExecutor(1) as thread:
@@ -367,7 +368,7 @@ class TextToImage:
             def begin() -> None:
                 # What fails in the thread fails again in the call, and is told there.
                 with contextlib.suppress(RuntimeError):  # no thread can begin: the call will trace
-                    thread.submit(self._decode.trace, (size, *shape))
+                    thread.submit(decode.trace, (size, *shape))
 
             yield begin
 
