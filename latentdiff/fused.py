@@ -17,6 +17,7 @@ from latentdiff.backend import is_learning, on_onednn
 
 ROWS = 32  # of an array that XLA sums at a time, still many columns at once
 LARGE = 2**19  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
+KEPT = 32  # graphs of one function, of shapes and dtypes that were used last
 OPEN = 16  # is taken for every size that is not known yet
 
 
@@ -44,7 +45,8 @@ def fused(function: Callable[..., Any], plain: Callable[..., Any] | None = None)
 def learnt(function: Callable[..., Sequence[Any]], gradient: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
     """A function of arrays with a gradient by hand, where it learns and `fuses`; elsewhere that is the backend's.
 
-    Where it neither learns nor `fuses`, it is traced once for all layers of a shape: most of what small ones cost.
+    Where it neither learns nor `fuses`, `on_onednn`, it is traced once for all layers of a shape, since that is most of
+    what a small one costs.
 
     Args:
         function: arrays -> what is given, and whatever else the gradient is to know.
@@ -74,11 +76,12 @@ def learnt(function: Callable[..., Sequence[Any]], gradient: Callable[..., Seque
 def _graph_of(function, **options):
     """A function that is traced once for equal shapes and dtypes, and a single operation wherever it is called."""
 
-    @functools.cache  # of shapes and dtypes: TensorFlow warns of a function that is traced for many
-    def graph(*_):
+    @functools.lru_cache(KEPT)
+    def graph(*_):  # of shapes and dtypes
         import tensorflow as tf
 
-        return tf.function(function, autograph=False, **options)
+        # Partial, since TensorFlow warns of what is traced often, and counts all uses of a piece of code as one.
+        return tf.function(functools.partial(function), autograph=False, **options)
 
     def call(*arrays):
         arrays = _tensors(arrays)

@@ -360,7 +360,7 @@ class TextToImage:
             shape: (h, w, c) of a latent.
         """
         decode = self._decode
-        if not size or not isinstance(decode, Compiled) or decode.traces:
+        if not size or not isinstance(decode, Compiled):
             yield lambda: None
             return
         with ThreadPoolExecutor(1) as thread:

@@ -362,8 +362,9 @@ def test_training_words_a_heart_in_every_promised_way():
     assert 0.37 < drawn["red heart, twemoji style"] / 3000 < 0.55
 
 
-def test_one_caption_of_ten_names_the_hand_alone():
-    one = record(style="twemoji")
+@pytest.mark.parametrize("keywords", [("emotion", "love", "red"), ()])
+def test_one_caption_of_ten_names_the_hand_alone(keywords):
+    one = record(style="twemoji", keywords=keywords)
     drawn = many_captions(one)
     told = (one.name, *one.keywords)
     alone = {caption: count for caption, count in drawn.items() if not any(word in caption for word in told)}

@@ -39,9 +39,10 @@ def layer_and_input(name, dtype):
 
 
 def xla_calls(function, *arrays):
-    """How many functions XLA compiles in the graph of a `tf.function`."""
+    """How many calls and functions XLA compiles in the graph of a `tf.function`, and in those that it calls."""
     graph = function.get_concrete_function(*arrays).graph.as_graph_def()
-    return sum(call.attr["_XlaMustCompile"].b for call in graph.node)  # false where there is none
+    holders = [*graph.node, *graph.library.function, *(node for f in graph.library.function for node in f.node_def)]
+    return sum(holder.attr["_XlaMustCompile"].b for holder in holders)  # false where there is none
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

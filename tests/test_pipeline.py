@@ -263,22 +263,32 @@ def test_what_was_traced_ahead_is_not_traced_by_the_call(tiny_pipe):
     assert compiled.traces == 1
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere only a call traces")
 def test_decoder_is_traced_while_the_sampler_runs(tiny_directory, monkeypatch):
-    """In another thread, after the first step, in time for the picture, and only the first time."""
-    ahead, trace = [], Compiled.trace
+    """In another thread, between the first step and the last, for every size of picture once, and in no other case."""
+    trace, ready, ahead = Compiled.trace, threading.Event(), []
 
     def traced(self, *shapes):
+        ahead.append((self, shapes, threading.current_thread() is threading.main_thread()))
         trace(self, *shapes)
-        steps = [step.traces for step in pipe._steps.values()]
-        ahead.append((self, self.traces, steps, threading.current_thread() is threading.main_thread()))
+        ready.set()
+
+    def before_the_last(i, latent):
+        """Waits, within the sampler's loop, for what goes on beside it."""
+        if i == 1:
+            assert ready.wait(60) or not wanted
+            ready.clear()
 
     monkeypatch.setattr(Compiled, "trace", traced)
     pipe = ld.TextToImage.from_preset(tiny_directory, dtype="float32")
-    for output in ("latent", "image", "image"):
-        pipe.generate("a red circle", num_steps=2, seed=0, progress=False, output=output)
-        traces = 1 if keras.backend.backend() == "tensorflow" else 0
-        assert ahead == ([] if output == "latent" else [(pipe._decode, traces, [1], False)])
-    assert pipe._decode.traces == 1
+    pipe.loops_inside = False  # on a GPU too
+    for wanted, output, size in ((False, "latent", 8), (True, "image", 8), (True, "image", 8), (True, "image", 16)):
+        pipe.generate("a red circle", num_steps=2, seed=0, height=size, progress=False, output=output,
+                      callback=before_the_last if wanted else None)  # fmt: skip
+    (h, w, c) = LATENT
+    assert [each[1:] for each in ahead] == [(((1, height, w, c),), False) for height in (h, h, 2 * h)]
+    assert {each[0] for each in ahead} == {pipe._decode}
+    assert pipe._decode.traces == 2
 
 
 def test_guidance_is_switched_on_and_off_at_one_trace_each(generate, tiny_pipe):

@@ -72,7 +72,7 @@ def training_caption(record: Record, seed: int | str) -> str:
         caption = canonical_caption(record)
     elif draw < 0.56 and record.keywords:
         caption = choose(rng, KEYWORD_FRAMES).replace("S", record.style).format(n=keyword_subject(rng, record))
-    elif draw < 0.66:
+    elif 0.56 <= draw < 0.66:
         caption = choose(rng, HAND_FRAMES).replace("S", record.style)
     else:
         name = name_subject(rng, record)
