@@ -24,7 +24,7 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # of a pr
 
 
 def describe() -> dict[str, Any]:
-    """Processor, memory, versions and load at this moment, as JSON holds them."""
+    """Processor, memory, versions, this project's revision and load at this moment, as JSON holds them."""
     processor = _fields("/proc/cpuinfo")
     flags = processor.get("flags", "").split()
     memory = _fields("/proc/meminfo").get("MemTotal", "0 kB")
@@ -37,6 +37,7 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": _versions(),
+        "revision": _revision(),
         "load_average": os.getloadavg(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -98,6 +99,15 @@ def _versions() -> dict[str, str]:
     """Of the packages that are installed."""
     found = {distribution.name.lower() for distribution in metadata.distributions()}
     return {name: metadata.version(name) for name in PACKAGES if name in found}
+
+
+def _revision() -> str:
+    """This project's commit, with "-dirty" where files differ from it; empty where that is not known."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent)
+    return said.stdout.strip()
 
 
 class Meter:

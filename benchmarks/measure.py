@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class Measurement:
         described = machine.describe()
         self.result: dict[str, Any] = {
             "machine": described,
+            "complete": False,
             "settings": {name: getattr(options, name) for name in SETTINGS},
             "skipped": [],
             "errors": [],
@@ -73,6 +75,8 @@ class Measurement:
             self._compare(case, systems)
             _say(f"{case.name}: {time.perf_counter() - begun:.0f} s in all")
             self.keep()
+        self.result |= {"complete": True, "load_average_after": os.getloadavg()}
+        self.keep()
         return self.result
 
     def keep(self) -> None:

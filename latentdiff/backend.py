@@ -17,6 +17,8 @@ import keras
 import numpy as np
 from keras import ops
 
+CPUINFO = pathlib.Path("/proc/cpuinfo")  # where Linux says what a processor can
+
 _running_here = contextvars.ContextVar("running_here", default="")
 
 
@@ -221,8 +223,8 @@ def has_cudnn_attention() -> bool:
 
 
 def fit_compilation() -> bool | str:
-    """What a training's `compile` is told as `jit_compile`: plain graphs on TensorFlow, elsewhere Keras' own choice."""
-    return False if keras.backend.backend() == "tensorflow" else "auto"
+    """What a training's `compile` is told as `jit_compile`: plain graphs on a CPU by TensorFlow, else Keras' choice."""
+    return False if keras.backend.backend() == "tensorflow" and not has_gpu() else "auto"
 
 
 @functools.cache
@@ -233,8 +235,7 @@ def default_dtype() -> str:
     if keras.backend.backend() != "tensorflow":
         return "float32"
     # On a CPU without these instructions oneDNN emulates bfloat16, several times slower than float32.
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    flags = CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else ""
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 

@@ -147,9 +147,18 @@ def test_bend_is_the_distance_from_numpys_line():
 def test_laws_are_judged():
     straight = {"1": 1.0, "2": 2.0, "3": 3.0}
     run = {"case": "scaling 512 float32", "system": "latentdiff", "batch": straight, "steps": straight}
-    for traces, growth, verdict in ((0, 0.5, ": met"), (1, 0.5, "missed**"), (0, 30.0, "missed**")):
-        (line,) = report.law_lines(result([{**run, "traces": traces, "growth_mib": growth}]))
-        assert line.endswith(verdict)
+    held = {"traces": 0, "growth_mib": 0.5}
+    bent = {"1": 1.0, "2": 2.0, "3": 3.5}
+    for broken in ({"traces": 1}, {"growth_mib": 30.0}, {"batch": bent}, {"steps": bent}, {}):
+        (line,) = report.law_lines(result([{**run, **held, **broken}]))
+        assert line.endswith("missed**" if broken else ": met")
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(0.19, ": met"), (0.21, "missed**")])
+def test_what_fit_adds_is_judged(seconds, verdict):
+    runs = runs_of("fit float32", "latentdiff", [seconds])
+    (line,) = [line for line in report.goal_lines(result(runs)) if "`fit` adds" in line]
+    assert line.endswith(verdict)
 
 
 def test_table_names_what_failed_and_what_was_left_out():

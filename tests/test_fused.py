@@ -107,6 +107,20 @@ def test_small_norms_of_a_shape_are_traced_once_and_compute_the_same(kind):
     assert np.abs(to_numpy(here(x)) - to_numpy(chained(x))).max() <= 1e-5
 
 
+@pytest.mark.parametrize("size", ["large", "small"])
+@pytest.mark.parametrize("kind", [GroupNorm, LayerNormalization])
+def test_norms_in_half_precision_keep_their_statistics_in_float32(kind, size):
+    """Of numbers whose mean is ten times their deviation: in bfloat16 a variance would have lost most of its bits."""
+    shape = LARGE_MAP if size == "large" else (2, 8, 8, 256)
+    x = ops.cast(ops.convert_to_tensor(numbers(*shape, seed=1) + 10), "bfloat16")
+    norms = {}
+    for dtype in ("bfloat16", "float32"):
+        layer = kind(dtype=dtype, **({"groups": 8} if kind is GroupNorm else {}))
+        layer.build(shape)
+        norms[dtype] = to_numpy(ops.cast(Compiled(layer, [layer])(ops.cast(x, dtype)), "float32"))
+    assert np.abs(norms["bfloat16"] - norms["float32"]).max() <= 2**-8 * np.abs(norms["float32"]).max()
+
+
 def test_attention_in_half_precision_sums_in_float32():
     """Against float32, of 2,048 equal scores: a sum of their exponentials in bfloat16 would stop at 256."""
     q, k, v = (np.zeros((1, 4, 8)), np.zeros((1, 2048, 8)), numbers(1, 2048, 8, seed=2) + 1)

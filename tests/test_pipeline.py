@@ -1,5 +1,6 @@
 """Prompt in, picture out: what the arguments of `generate` do, and what they are not to change."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from tiny_models import LATENT, PICTURE, numbers, relative_error, run, to_numpy
 
 import latentdiff as ld
+from benchmarks.machine import memory_mib
 from latentdiff.backend import Compiled
 from latentdiff.diffusion.noise import normal, split_seeds
 from latentdiff.diffusion.samplers import make_table
@@ -252,6 +254,18 @@ def test_second_call_traces_nothing_again(generate, tiny_pipe):
         generate(sampler=sampler)
     generate(eta=0.5, guidance_rescale=0.5, guidance_interval=(0, 1000), noise=numbers(2, *LATENT))
     assert tiny_pipe.traces == before
+
+
+def test_many_calls_leave_nothing_behind(generate):
+    """Of 100 pictures, each with words and a seed of its own."""
+    for i in range(10):
+        generate(f"picture {i}", seed=i)
+    gc.collect()
+    before = memory_mib()
+    for i in range(10, 110):
+        generate(f"picture {i}", seed=i)
+    gc.collect()
+    assert memory_mib() - before < 4
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere only a call traces")

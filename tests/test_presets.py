@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import safetensors.numpy
 from tiny_models import LATENT, PICTURE, numbers, relative_error, run, to_numpy
 
 import latentdiff as ld
-from latentdiff import catalogue, presets
+from latentdiff import backend, catalogue, pipeline, presets
 from latentdiff.checkpoints import diffusers
 from latentdiff.checkpoints.files import CheckpointError
 
@@ -88,6 +89,42 @@ def test_weights_are_held_in_the_dtype_that_was_asked_for(tiny_directory, tiny_p
     tokens = tiny_pipe.tokenizer("a red heart")
     context = keras.ops.cast(run(network, tokens), "float32")
     assert 1e-5 < relative_error(context, run(tiny_pipe.text_encoder, tokens)) < 0.1
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow" or backend.has_gpu(), reason="a choice for oneDNN")
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("avx2 avx512_bf16", "bfloat16"), ("avx2 amx_bf16", "bfloat16"), ("avx2 avx512f", "float32"), (None, "float32")],
+)
+def test_networks_are_in_bfloat16_where_the_processor_multiplies_it(flags, dtype, tmp_path, monkeypatch):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+    monkeypatch.setattr(backend, "CPUINFO", tmp_path / "cpuinfo")
+    assert backend.default_dtype.__wrapped__() == dtype
+
+
+def test_a_gpu_computes_in_bfloat16_by_xla_and_loops_inside(tiny_directory, monkeypatch):
+    """As far as a machine without one can tell: what is chosen, not how fast it is."""
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    assert backend.default_dtype.__wrapped__() == "bfloat16"
+    assert backend.fit_compilation() == "auto"
+    monkeypatch.setattr(pipeline, "has_gpu", lambda: True)
+    assert ld.TextToImage.from_preset(tiny_directory, dtype="float32").loops_inside
+    if keras.backend.backend() == "tensorflow":
+        compiled = backend.Compiled(lambda x: x + 1, [])._run.get_concrete_function(keras.ops.ones(3))
+        assert compiled.function_def.attr["_XlaMustCompile"].b
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_load_makes_no_wider_copy_of_the_weights(dtype):
+    """NumPy's memory, in which the file's tensors are turned to our layout, of a file of float16."""
+    tracemalloc.start()
+    try:
+        unet = ld.UNet.from_preset("emoji", dtype=dtype)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * unet.count_params()  # two bytes of each, and Keras' layers
 
 
 @pytest.mark.parametrize("dtype", ["int32", "float64", "int8", "flaot32", ""])
