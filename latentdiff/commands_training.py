@@ -8,9 +8,11 @@ import tempfile
 import typing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from latentdiff.arguments import number, whole
 from latentdiff.catalogue import resolve_preset
+from latentdiff.checkpoints.files import read_json
 from latentdiff.checkpoints.sources import open_source
 from latentdiff.extras import require
 from latentdiff.training_config import KINDS, field_types, read_config
@@ -48,7 +50,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
-    """Adds `latentdiff evaluate MODEL --data SOURCE --output DIR`."""
+    """Adds `latentdiff evaluate MODEL --data SOURCE --output DIR`, and `latentdiff evaluate RUN`."""
     parser = commands.add_parser(
         "evaluate",
         help="judge a model on captioned pictures",
@@ -58,10 +60,15 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=_evaluate)
     add = parser.add_argument
-    add("model", help="a model directory, or a shipped model's name")
-    add("--data", required=True, nargs="+", metavar="SOURCE", help="folders of captioned pictures, or shards")
-    add("--output", required=True, type=Path, metavar="DIR", help="of the report; new")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, rows of the sheet; default: the first captions")
+    add("model", help="a model directory, a shipped model's name, or the directory of a run of `train diffusion`")
+    add("--data", nargs="+", metavar="SOURCE", help="folders of captioned pictures, or shards; default: the run's own")
+    add("--output", type=Path, metavar="DIR", help="of the report; new; default: the run's, and `report` in it")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, rows of the sheet; default: the run's or captions",
+    )
     add("--count", type=whole(1), default=100, metavar="N", help="pictures that are judged; default: 100")
     add("--size", type=int, metavar="N", help="of the pictures, in pixels; default: the model's own")
     add("--num-steps", type=whole(1), default=25, metavar="N", help="of the drawings; default: 25")
@@ -74,10 +81,17 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     require("This", ["grain"], "data")
     require("This", ["matplotlib"], "evaluate")
-    if options.output.exists() and any(options.output.iterdir()):
-        raise FileExistsError(f"A report's directory must be new. Received: {options.output}.")
-    prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else []
-    model = resolve_preset(options.model)
+    model, defaults = _run_or_model(options.model)
+    data, output, size = (getattr(options, name) or defaults.get(name) for name in ("data", "output", "size"))
+    if not data or not output:
+        raise ValueError(f"--data and --output must be given, but for a run's directory. Received: {options.model!r}.")
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"A report's directory must be new. Received: {output}.")
+    prompts = defaults.get("prompts", [])
+    if options.prompts:
+        prompts = options.prompts.read_text(encoding="utf-8").splitlines()
+    model = resolve_preset(model)
     open_source(model)  # so that what cannot be opened is told before Keras is imported
 
     from latentdiff.cli import start_keras
@@ -87,18 +101,29 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     evaluate(
         model,
-        options.data,
-        options.output,
+        data,
+        output,
         prompts=[prompt for prompt in prompts if prompt.strip()],
         count=options.count,
-        size=options.size,
+        size=size,
         num_steps=options.num_steps,
         guidance_scale=options.guidance_scale,
         seed=options.seed,
         batch_size=options.batch_size,
         progress=options.progress,
     )
-    print(options.output / "report.md")
+    print(output / "report.md")
+
+
+def _run_or_model(name: str) -> tuple[str, dict[str, Any]]:
+    """A model, and what the run that trained it says of data: of pictures that it was not trained on, where it can."""
+    run = Path(name)
+    if not ((run / "config.json").is_file() and (run / "model").is_dir()):
+        return name, {}
+    config = read_json(run / "config.json")
+    data = config.get("validation_data") or config.get("data")
+    known = {"data": data, "size": config.get("size"), "prompts": config.get("prompts", [])}
+    return str(run / "model"), {**known, "output": run / "report"}
 
 
 def _option(type_) -> dict:

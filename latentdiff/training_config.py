@@ -9,6 +9,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+HISTORY = 256  # batches whose losses a model remembers
+
 
 @dataclass(frozen=True)
 class Config:
@@ -73,6 +75,8 @@ class Config:
         at_least |= {"max_ratio": 1, "learning_rate": 0, "weight_decay": 0, "clipnorm": 0}
         for name, least in at_least.items():
             self._require(getattr(self, name) >= least, name, f"at least {least}")
+        for name in ("steps_per_execution", "log_every"):
+            self._require(getattr(self, name) <= HISTORY, name, f"at most {HISTORY}")
         for name in ("validation", "max_broken", "decay", "ema_decay"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self._require(bool(self.data), "data", "one source or more")

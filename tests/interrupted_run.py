@@ -1,10 +1,12 @@
 """A toy run that is killed where it is told to be.
 
-usage: python tests/interrupted_run.py DIRECTORY STEPS [batch:K | writing:K]
-"batch:K" dies when batch K is asked for, "writing:K" when the K-th checkpoint is about to be renamed.
+usage: python tests/interrupted_run.py DIRECTORY STEPS [batch:K | writing:K | checkpoint:K]
+"batch:K" dies when batch K is asked for, "writing:K" when the K-th file is about to be renamed, "checkpoint:K" when the
+K-th checkpoint is.
 """
 
 import os
+import pathlib
 import signal
 import sys
 
@@ -27,8 +29,10 @@ def main(directory, steps, death=""):
     replace, written = os.replace, []
 
     def dying_replace(source, target):
-        written.append(target)
+        written.append(pathlib.Path(target).parent.name)
         if place == "writing" and len(written) == int(number):
+            die()
+        if place == "checkpoint" and written.count("checkpoints") == int(number):
             die()
         replace(source, target)
 

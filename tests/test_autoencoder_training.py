@@ -103,6 +103,23 @@ def test_discriminators_learning_leaves_the_autoencoder_alone():
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_loss_with_a_discriminator_is_its_definition(start):
+    """L = L_without + [n >= start] (w lambda (-mean D(y)) + (max(0, 1 - D(x)) + max(0, 1 + D(y))) / 2), n = 0."""
+    training = fresh(0.7, start=start)
+    training.build()
+    image = ops.convert_to_tensor(np.tanh(numbers(2, 8, 8, 3)))
+    y, mean, log_variance, features = training(image)
+    without = AutoencoderTraining(training.autoencoder).compute_loss(image, None, [y, mean, log_variance])
+    real, fake = (to_numpy(training.discriminator(picture)) for picture in (image, y))
+    factor = float(training.adaptive_weight(image, features, lambda p: -ops.mean(training.discriminator(p), (1, 2, 3))))
+    hinge = (np.maximum(0, 1 - real) + np.maximum(0, 1 + fake)).mean() / 2
+    added = 0.7 * factor * -fake.mean() + hinge
+    assert abs(0.7 * factor * fake.mean()) > 1e-3 and abs(real.mean() - fake.mean()) > 1e-3  # each of them is seen
+    found = training.compute_loss(image, None, [y, mean, log_variance, features])
+    assert float(found) == pytest.approx(float(without) + (added if start == 0 else 0), rel=1e-4)
+
+
 def test_discriminator_waits_for_its_step():
     images = np.tanh(numbers(2, 8, 8, 3))
     training = fresh(1.0, start=1)

@@ -20,6 +20,8 @@ from latentdiff.data import (
     write_array_record,
 )
 from latentdiff.data.decode import check_picture, decode_crop
+from latentdiff.data.folders import find_in_folder
+from latentdiff.pictures import Settings, write_png
 
 PICTURES = [(f"{i:03}", encoded(pixels(i, 10 + i, 9)), f"picture {i}") for i in range(5)]
 
@@ -284,3 +286,14 @@ def test_damaged_bytes_are_a_picture_or_broken_and_nothing_else(data):
     except BrokenPicture:
         return
     assert decode_crop(content, (8, 8)).shape == (8, 8, 3) and min(size) > 0
+
+
+def test_pictures_that_were_drawn_here_are_captioned_by_their_prompts(tmp_path):
+    """As `latentdiff generate "a dog" --num-images 2 --output dog.png` leaves them: the class of a subject."""
+    for i in range(2):
+        settings = Settings(prompt="a dog", preset="emoji", seed=i)
+        write_png(tmp_path / f"dog-{i}.png", np.full((8, 8, 3), 40 * i, "uint8"), settings)
+    (tmp_path / "dog-1.txt").write_text("my dog")
+    assert [each.captions for each in find_in_folder(tmp_path)] == [("a dog",), ("my dog",)]
+    Image.fromarray(np.zeros((8, 8, 3), "uint8")).save(tmp_path / "other.png")
+    assert [each.captions for each in find_in_folder(tmp_path)][-1] == ()

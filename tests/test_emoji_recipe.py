@@ -160,6 +160,8 @@ def test_shards_hold_what_is_trained_on_with_its_captions_and_the_rare_twice(bui
         assert list(example.captions) == [captions.training_caption(row, f"{showing}/{k}") for k in range(16)]
         shown[row] += 1
     assert shown == {r: 1 if r.group == "1f44b" else 2 for r in rows[2:]}
+    (judged,) = index_source(output / "held_out.array_record")
+    assert judged.captions[0] == captions.training_caption(rows[0], "0/0")
     (kept,) = index_source(output / "validation.array_record")
     assert kept.captions[0] == captions.training_caption(rows[1], "0/0")
 

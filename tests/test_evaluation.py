@@ -66,7 +66,7 @@ def test_psnr_and_ssim_of_known_pictures():
 
 
 def test_report_says_and_shows_everything(tmp_path, capsys):
-    toy_pictures.main(tmp_path / "toy", count=8, size=16)
+    toy_pictures.main(tmp_path / "toy", count=20, size=16)
     presets.save_pipeline(parts(), tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
     arguments = ["--data", str(tmp_path / "toy"), "--output", str(tmp_path / "report"), "--size", "16", "--no-progress"]
@@ -84,3 +84,24 @@ def test_report_says_and_shows_everything(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "model"), *arguments])
     assert "must be new" in capsys.readouterr().err
+
+
+def test_a_run_is_judged_by_its_own_data(tmp_path, capsys):
+    toy_pictures.main(tmp_path / "toy", count=8, size=16)
+    run = tmp_path / "run"
+    presets.save_pipeline(parts(), run / "model")
+    kept = {"data": ["trained/"], "validation_data": [str(tmp_path / "toy")], "size": 16, "prompts": ["a red circle"]}
+    (run / "config.json").write_text(json.dumps(kept))
+    options = ["--num-steps", "1", "--count", "4", "--batch-size", "4", "--no-progress"]
+    assert main(["evaluate", str(run), *options]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report" / "report.md")
+    figures = json.loads((run / "report" / "report.json").read_text())
+    assert (figures["count"], figures["data"]) == (4, [str(tmp_path / "toy")])
+    with Image.open(run / "report" / "sheet.png") as sheet:
+        assert sheet.size == (4 * 16, 16)
+
+
+def test_a_model_alone_says_nothing_of_data(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "emoji"])
+    assert "--data and --output must be given, but for a run's directory. Received: 'emoji'." in capsys.readouterr().err

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import latentdiff as ld
 from latentdiff.cli import main
 from latentdiff.models.attention import AttentionBlock, CLIPLayer, SpatialTransformer
 from latentdiff.models.layers import ResnetBlock
-from latentdiff.training.recipe import REMATERIALIZED, index_of
+from latentdiff.training.recipe import REMATERIALIZED, fills_a_batch, index_of
 from latentdiff.training.recipe_diffusion import prior_of
 from latentdiff.training_config import KINDS, DiffusionConfig, read_config
 
@@ -257,6 +258,19 @@ def test_rehearsal_leaves_nothing_behind(autoencoder, folder, capsys):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="exports are TensorFlow's")
+def test_rehearsal_exports_what_a_run_would_give(autoencoder, folder, capsys, monkeypatch):
+    exported = []
+    monkeypatch.setattr("latentdiff.export.export_saved_model", lambda *given: exported.append(given))
+    before = sorted(folder.iterdir())
+    arguments = ["--autoencoder", str(autoencoder / "model"), "--max-steps", "2"]
+    assert train("diffusion", folder, folder / "rehearsed", *arguments, steps="1000") == 0
+    assert "rehearsed 2 steps" in capsys.readouterr().out
+    ((pipe, path),) = exported
+    assert isinstance(pipe, ld.TextToImage) and path.parts[-2:] == ("export", "1")
+    assert sorted(folder.iterdir()) == before
+
+
 def test_validations_pictures_are_not_trained_on_as_a_class(folder):
     values = {
         "start": "emoji",
@@ -272,6 +286,34 @@ def test_validations_pictures_are_not_trained_on_as_a_class(folder):
     assert held and not {e.digest for e in held} & {e.digest for e in prior_of(config)}
     alone = replace(config, validation_data=[str(folder / "toy")])
     assert len(prior_of(alone)) == len(held) + len(prior_of(config))
+
+
+def test_too_few_pictures_for_a_validation_are_told():
+    config = read_config("autoencoder", None, {"data": ["x"], "steps": 1, "batch_size": 16})
+    with pytest.warns(UserWarning, match="no validation: 7 pictures are held out for it, and batch_size=16"):
+        assert not fills_a_batch(config, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not fills_a_batch(config, 0) and fills_a_batch(config, 16)
+
+
+def test_subjects_configuration_is_right():
+    """With what Keras has for little memory, as a recipe shows it."""
+    config = read_config("diffusion", SCRIPTS / "subject.toml", {})
+    assert isinstance(config, DiffusionConfig)
+    assert config.start and config.prior and not config.train_text_encoder
+    assert (config.dtype, config.gradient_accumulation_steps, config.clipnorm) == ("mixed_bfloat16", 2, 1.0)
+
+
+def test_an_option_comes_before_the_file():
+    config = read_config("diffusion", SCRIPTS / "subject.toml", {"steps": 7, "prior_weight": 0.5})
+    assert (config.steps, config.prior_weight, config.batch_size) == (7, 0.5, 2)
+
+
+@pytest.mark.parametrize("name", ["steps_per_execution", "log_every"])
+def test_no_more_losses_than_are_remembered(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at most 256. Received: {name}=257"):
+        read_config("diffusion", None, {"data": ["x"], "steps": 1, name: 257})
 
 
 @pytest.mark.parametrize("kind", KINDS)

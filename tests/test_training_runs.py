@@ -42,9 +42,11 @@ def start(directory, *arguments):
 
 def test_killed_and_gone_on_is_a_run_that_was_never_stopped(tmp_path):
     assert start(tmp_path / "whole", "12") == 0
-    for death in ("batch:6", "writing:2"):
+    for death in ("batch:6", "writing:2", "checkpoint:1"):
         assert start(tmp_path / "killed", "12", death) == -signal.SIGKILL
+    assert list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
     assert start(tmp_path / "killed", "12") == 0
+    assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
     losses, again = ((tmp_path / name / "losses.csv").read_bytes() for name in ("whole", "killed"))
     assert losses == again and len(losses.splitlines()) == 13
     whole, killed = (np.load(tmp_path / name / "checkpoints" / "step_00000012.npz") for name in ("whole", "killed"))
@@ -134,6 +136,48 @@ def test_nan_stops_the_run_and_names_its_step(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004.npz"]
     _, first = fit(tmp_path / "run", 8)
     assert first == 4
+
+
+class InfiniteAtTheEighth(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return keras.ops.where(step >= 7, np.inf, 1e-2)
+
+
+def test_weights_that_are_no_numbers_are_never_a_good_state(tmp_path):
+    """The loss that a step gives is of the weights before it: eight are finite, and the ninth would not be."""
+    saved = []
+
+    def save(path):
+        saved.append(path)
+
+    with pytest.raises(ValueError, match=r"Weights must be finite. .* after step 8. .*step_00000004.npz"):
+        fit(tmp_path / "run", 12, model=toy_training(optimizer=keras.optimizers.SGD(InfiniteAtTheEighth())), save=save)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004.npz"]
+    assert len(saved) == 1
+    _, first = fit(tmp_path / "run", 7, model=toy_training(optimizer=keras.optimizers.SGD(InfiniteAtTheEighth())))
+    assert first == 4
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_steps_are_counted_once_however_they_are_executed(tmp_path, steps_per_execution):
+    model = toy_training(run_eagerly=False)
+    model.compile(
+        optimizer=keras.optimizers.Adam(1e-2), jit_compile=model.jit_compile, steps_per_execution=steps_per_execution
+    )
+    fit(tmp_path / "run", 10, model=model, checkpoint_every=5)
+    rows = rows_of(tmp_path / "run" / "losses.csv")
+    assert [int(row["step"]) for row in rows] == list(range(1, 11)) and len({row["loss"] for row in rows}) == 10
+    assert int(to_numpy(model.steps)) == 10
+    assert (tmp_path / "run" / "checkpoints" / "step_00000010.npz").is_file()
+
+
+def test_steps_go_on_over_epochs(tmp_path):
+    model = toy_training()
+    run = Run(tmp_path / "run", {"seed": 0}, 8, checkpoint_every=4, log_every=2)
+    run.resume(model)
+    model.fit(ToyBatches(0, 4), epochs=2, callbacks=[run], shuffle=False, verbose=0)
+    assert [int(row["step"]) for row in rows_of(tmp_path / "run" / "losses.csv")] == list(range(1, 9))
+    assert run.step == int(to_numpy(model.steps)) == 8
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

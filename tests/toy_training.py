@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 from keras import ops
-from tiny_models import numbers
 
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.diffusion.schedule import scaled_linear_schedule
@@ -35,12 +34,6 @@ def toy_training(seed=0, run_eagerly=True, optimizer=None, **arguments):
     optimizer = optimizer or keras.optimizers.Adam(1e-2)
     model.compile(optimizer=optimizer, jit_compile=JIT and not run_eagerly, run_eagerly=run_eagerly)
     return model
-
-
-def toy_batches(count):
-    """All batches of eight at once."""
-    tokens = np.random.default_rng(0).integers(0, 9, (8 * count, 3)).astype("int32")
-    return {"latent": numbers(8 * count, 2, 2, 4), "tokens": tokens}
 
 
 class ToyBatches(keras.utils.PyDataset):

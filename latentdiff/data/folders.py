@@ -1,7 +1,8 @@
 """Image folders -> the pictures and captions that they name.
 
 Either a `metadata.jsonl` or `metadata.csv` has `file_name` and `text` for each picture, as in Hugging Face's
-imagefolder, where `text` may be a list of captions in JSON; or each picture `name.png` has its caption in `name.txt`.
+imagefolder, where `text` may be a list of captions in JSON; or each picture `name.png` has its caption in `name.txt`,
+or, where this package drew it, its prompt within.
 """
 
 import csv
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from latentdiff.data.decode import SUFFIXES
 from latentdiff.data.examples import Found
+from latentdiff.pictures import read_settings
 
 
 def find_in_folder(folder: Path) -> Iterator[Found]:
@@ -72,5 +74,13 @@ def _named(folder: Path, place: str, row: object) -> Found:
 
 def _beside(folder: Path, path: Path) -> Found:
     text = path.with_suffix(".txt")
-    captions = captions_of(text.read_text("utf-8", errors="replace")) if text.is_file() else ()
+    captions = captions_of(text.read_text("utf-8", errors="replace") if text.is_file() else _prompt_of(path))
     return Found(str(path.relative_to(folder)), str(path), captions=captions)
+
+
+def _prompt_of(path: Path) -> str | None:
+    """What a picture that this package drew was drawn from."""
+    try:
+        return read_settings(path).prompt
+    except (OSError, ValueError):
+        return None

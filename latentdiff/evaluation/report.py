@@ -85,7 +85,8 @@ def evaluate(
         images = gallery[:count].astype("float32") / 127.5 - 1
         latents, back = _through(pipe, images, batch_size)
         psnr, ssim = psnr_and_ssim(gallery[:count], back)
-        _sheet([gallery[:SHOWN], back[:SHOWN]]).save(fresh / "reconstructions.png")
+        shown = min(SHOWN, count)
+        _sheet([gallery[:shown], back[:shown]]).save(fresh / "reconstructions.png")
         told("the loss by t")
         captions = [example.captions[0] for example in index]
         loss, by_t = _losses(pipe, latents, captions[:count], batch_size, seed)
@@ -95,7 +96,7 @@ def evaluate(
             captions[:count], seed=[seed] * count, height=height, width=width, batch_size=batch_size, **settings
         )
         retrieval = Gallery(gallery).find(drawn, np.arange(count))
-        _sheet([gallery[:SHOWN], drawn[:SHOWN]]).save(fresh / "seen.png")
+        _sheet([gallery[:shown], drawn[:shown]]).save(fresh / "seen.png")
         rows = list(prompts) or captions[: min(6, count)]
         sheet = pipe.generate(
             [prompt for prompt in rows for _ in range(SEEDS)],

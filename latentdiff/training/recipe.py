@@ -6,6 +6,7 @@ Each kind of training is a `Recipe`: what is trained, on which batches, and what
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,12 +199,22 @@ def validation_batches(
     config: PicturesConfig, index: Index, buckets, tokenizer=None
 ) -> Callable[[], CaptionedImages] | None:
     """The pictures of the validation once, from their middle; None where they fill no batch."""
-    if len(index) < config.batch_size:
+    if not fills_a_batch(config, len(index)):
         return None
     plain = replace(config, crop="centre", zoom=1.0, flip=False)
     make = image_batches(plain, index, buckets, tokenizer)
     steps = make(0, 1).steps_per_epoch
     return lambda: make(0, steps)
+
+
+def fills_a_batch(config: Config, held: int) -> bool:
+    """Whether pictures that are held out for validation are enough for one; warns where some are, and not enough."""
+    if 0 < held < config.batch_size:
+        warnings.warn(
+            f"There will be no validation: {held} pictures are held out for it, and batch_size={config.batch_size}.",
+            stacklevel=2,
+        )
+    return held >= config.batch_size
 
 
 def part_here(config: Config) -> tuple[int, int]:

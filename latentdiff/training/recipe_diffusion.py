@@ -18,7 +18,7 @@ from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage
 from latentdiff.training.diffusion import DiffusionTraining
-from latentdiff.training.recipe import Recipe, buckets_of, index_of, part_here, pictures_of, split
+from latentdiff.training.recipe import Recipe, buckets_of, fills_a_batch, index_of, part_here, pictures_of, split
 from latentdiff.training.recipe_clip import new_text_encoder, tokenizer_of
 from latentdiff.training_config import DiffusionConfig
 
@@ -72,7 +72,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
     half = config.batch_size // 2 if config.prior else config.batch_size
     cache = cache_of("train", index, half)
     prior = cache_of("prior", prior_of(config), half) if config.prior else None
-    checked = cache_of("validation", held, config.batch_size) if len(held) >= config.batch_size else None
+    checked = cache_of("validation", held, config.batch_size) if fills_a_batch(config, len(held)) else None
     if not config.start:
         # The UNet is to see latents of variance one.
         deviation = cache.statistics()[1]

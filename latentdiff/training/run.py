@@ -38,13 +38,14 @@ from latentdiff.backend import (
     to_numpy,
 )
 from latentdiff.training.state import read_state, write_state
-from latentdiff.training.step import HISTORY, TrainingModel
+from latentdiff.training.step import TrainingModel
+from latentdiff.training_config import HISTORY
 
 MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "sample_every", "validate_every", "keep")
 
 
 class Run(keras.callbacks.Callback):
-    """Keeps a run of `fit` in a directory; one call of `fit` goes over all the steps that are left.
+    """Keeps a run of `fit` in a directory; as a rule one epoch goes over all the steps that are left.
 
     Use:
         run = Run("runs/mine", config, steps=10000)
@@ -144,6 +145,8 @@ class Run(keras.callbacks.Callback):
             self.first = 0
         self.step = self._kept = self.first
         if is_first_process():
+            for aside in (self.directory / "checkpoints").glob("*.tmp"):  # of a run that was killed while it wrote
+                aside.unlink()
             self._begin_tables()
         return self.first
 
@@ -174,7 +177,6 @@ class Run(keras.callbacks.Callback):
                 _rewrite(path, [header, *rows] if header else [])
 
     def on_train_begin(self, logs=None):
-        self.first = self.step  # a run may take several calls of `fit`, one for each size of picture say
         self._events = EventWriter(self.directory / "tensorboard") if is_first_process() else None
         self._row = self.step  # the last batch in losses.csv
         self._time = time.perf_counter()
@@ -182,6 +184,9 @@ class Run(keras.callbacks.Callback):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._interrupt)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.first = self.step  # a run may take several epochs, and calls of `fit`, one for each size of picture say
 
     def _interrupt(self, number, frame):
         """The first signal asks for a checkpoint after this batch; the second one is taken as usual."""
@@ -193,7 +198,7 @@ class Run(keras.callbacks.Callback):
             keep_freed_memory()
 
     def on_train_batch_end(self, batch, logs=None):
-        before, self.step = self.step, self.first + batch + 1
+        before, self.step = self.step, min(self.first + batch + 1, self.steps)  # the last execution may have fewer
         due = {name for name, every in self.every.items() if before // every != self.step // every}
         if self.step >= self.steps:
             due = set(self.every)
@@ -225,6 +230,8 @@ class Run(keras.callbacks.Callback):
         try:
             losses = self.model.last_losses(self.step - self._row)
             self._check_finite(losses)
+            if "checkpoint" in due:
+                self._check_weights()
             row = self._metrics(losses, logs)
             with self.model.averaged():
                 row |= self._look(due)
@@ -264,11 +271,23 @@ class Run(keras.callbacks.Callback):
     def _check_finite(self, losses: np.ndarray) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
-            kept = self.checkpoints()
-            last = f"The last good state is {kept[-1]}" if kept else "There was no checkpoint yet"
             raise ValueError(
-                f"The loss must be finite. Received: loss={losses[bad[0]]} at step {self._row + 1 + bad[0]}. {last}."
+                f"The loss must be finite. Received: loss={losses[bad[0]]} at step {self._row + 1 + bad[0]}. "
+                f"{self._last_good()}."
             )
+
+    def _check_weights(self) -> None:
+        """The last loss is of the weights before the last step."""
+        for variable in self.model.trainable_variables:
+            if not bool(ops.all(ops.isfinite(variable))):
+                raise ValueError(
+                    f"Weights must be finite. Received: NaN or infinity in {variable.path} after step {self.step}. "
+                    f"{self._last_good()}."
+                )
+
+    def _last_good(self) -> str:
+        kept = self.checkpoints()
+        return f"The last good state is {kept[-1]}" if kept else "There was no checkpoint yet"
 
     def _metrics(self, losses: np.ndarray, logs: Mapping[str, Any]) -> dict[str, float]:
         row: dict[str, float] = {}

@@ -18,8 +18,7 @@ from keras import ops
 from latentdiff.backend import FinishedStep, held, lay_out_like, replica, running_here, to_numpy
 from latentdiff.data.tensors import as_read
 from latentdiff.training.state import build_all
-
-HISTORY = 256  # batches whose losses a model remembers
+from latentdiff.training_config import HISTORY
 
 
 class TrainingModel(keras.Model):

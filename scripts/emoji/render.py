@@ -6,6 +6,7 @@ Writes
     OUTPUT/gallery/STYLE/CODEPOINTS.png   what judge_emoji.py reads; code points in hex joined by "-", without fe0f
     OUTPUT/train.array_record             the pictures that are trained on, each with CAPTIONS captions
     OUTPUT/validation.array_record        those that hyperparameters may be chosen by
+    OUTPUT/held_out.array_record          those that are judged, and train nothing
     OUTPUT/index.jsonl                    N lines, one `records.Record` each, by style and code points
     OUTPUT/summary.json                   counts, and the pictures that did not render, by name
 """
@@ -224,17 +225,19 @@ def summarize(records: Iterable[Record], left_out: Mapping[str, str]) -> dict:
 
 
 def write_shards(output: pathlib.Path, records: list[Record]) -> None:
-    """Writes the pictures of the gallery that are not held out, with captions; each emoji that has few twice."""
+    """Writes the gallery's pictures with captions, by their part of the split; to train on, those of few twice."""
     counts = collections.Counter(r.group for r in records if not (r.held_out or r.validation))
 
     def examples(chosen: Iterable[Record]):
         for record in chosen:
             picture = (output / "gallery" / record.style / f"{record.codepoints}.png").read_bytes()
-            for showing in range(1 if record.validation or counts[record.group] >= MANY else 2):
+            once = record.held_out or record.validation or counts[record.group] >= MANY
+            for showing in range(1 if once else 2):
                 yield picture, [training_caption(record, f"{showing}/{i}") for i in range(CAPTIONS)]
 
     write_array_record(output / "train.array_record", examples(r for r in records if not (r.held_out or r.validation)))
     write_array_record(output / "validation.array_record", examples(r for r in records if r.validation))
+    write_array_record(output / "held_out.array_record", examples(r for r in records if r.held_out))
 
 
 def build(output: pathlib.Path) -> dict:
