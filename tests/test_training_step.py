@@ -7,9 +7,11 @@ from keras import ops
 from tiny_models import numbers, to_numpy
 from toy_training import EMPTY, ToyBatches, toy_networks, toy_training
 
+import latentdiff as ld
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.diffusion.schedule import scaled_linear_schedule
 from latentdiff.training import DiffusionTraining, PerUpdate, WarmupStableDecay
+from latentdiff.training.recipe import REMATERIALIZED
 from latentdiff.training.state import read_state, write_state
 
 
@@ -233,3 +235,16 @@ def test_scale_of_the_loss_is_part_of_a_state_and_there_once(tmp_path):
     assert float(other.optimizer.dynamic_scale) == 7.0
     counts = [len(each.optimizer.variables) for each in (model, other)]
     assert counts == [count, count]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's")
+def test_blocks_are_computed_again_where_they_were_made_so():
+    import jax
+
+    with keras.RematScope(mode="list_of_layers", layer_names=REMATERIALIZED):
+        unet = ld.UNet(channels=(4, 4), attention=(True, False), heads=1, groups=2, context_dim=4)
+    shapes = {"latent": (1, 8, 8, 4), "timestep": (1,), "context": (1, 3, 4)}
+    inputs = {name: np.zeros(shape, "float32") for name, shape in shapes.items()}
+    equations = jax.make_jaxpr(lambda inputs: unet(inputs))(inputs).jaxpr.eqns
+    again = [equation for equation in equations if equation.primitive.name in ("checkpoint", "remat", "remat2")]
+    assert len(again) == sum(layer.name in REMATERIALIZED for layer in unet.layers) > 10
