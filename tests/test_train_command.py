@@ -108,6 +108,17 @@ def test_run_goes_on_whose_configuration_lacks_a_newer_name(autoencoder, folder)
     assert json.loads((autoencoder / "config.json").read_text())["train_encoder"] is True
 
 
+def test_run_does_not_go_on_with_other_pictures(autoencoder, folder, capsys):
+    picture = sorted((folder / "toy").glob("*.png"))[0]
+    before = picture.read_bytes()
+    Image.new("RGB", (16, 16), "white").save(picture)
+    with pytest.raises(SystemExit):
+        train("autoencoder", folder, autoencoder, steps="7")
+    picture.write_bytes(before)
+    assert "A run must go on as it began, or in another directory. Received: data_digest=" in capsys.readouterr().err
+    assert train("autoencoder", folder, autoencoder, steps="6") == 0
+
+
 def test_another_run_in_its_place_is_refused(autoencoder, folder, capsys):
     with pytest.raises(SystemExit):
         train("autoencoder", folder, autoencoder, "--seed", "7")

@@ -17,6 +17,7 @@ import numpy as np
 
 from latentdiff.backend import fit_compilation
 from latentdiff.data import CaptionedImages, Index, index_source, make_buckets
+from latentdiff.data.cache_key import digest_of
 from latentdiff.data.draws import uniform
 from latentdiff.training.devices import distributed, join_hosts, rows_here
 from latentdiff.training.muon import KernelMuon
@@ -53,6 +54,7 @@ class Recipe:
         validation: the batches of a validation, the same each time; None where there are too few pictures.
         save: writes what is trained to a path, whole or not at all.
         sample: pictures that show what is learnt, uint8 (n, H, W, 3); None where there are none.
+        data: what is trained on and what is held out.
     """
 
     model: TrainingModel
@@ -60,6 +62,7 @@ class Recipe:
     validation: Callable[[], keras.utils.PyDataset] | None
     save: Callable[[Path], None]
     sample: Callable[[], np.ndarray] | None
+    data: Sequence[Index]
 
 
 def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
@@ -74,7 +77,8 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
         The run, which is done unless it was interrupted.
 
     Raises:
-        ValueError: the data, a model or the directory is not what it must be, or the loss became infinite.
+        ValueError: the data, a model or the directory is not what it must be, the run was of other data, or the loss
+            became infinite.
         OSError: a file cannot be read or written.
     """
     directory = Path(directory)
@@ -93,11 +97,13 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
             said = recipe.model.evaluate(validation(), verbose=0, return_dict=True)
             return {f"val_{name}": value for name, value in said.items()}
 
+        # Of all pictures and captions, in whatever order and part of the split.
+        data = {"data_digest": digest_of(sorted([e.digest, e.captions] for index in recipe.data for e in index))}
         run = Run(
             directory,
-            as_json(config),
+            {**as_json(config), **data},
             config.steps,
-            defaults=defaults(type(config)),
+            defaults={**defaults(type(config)), **data},
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             keep=config.keep,

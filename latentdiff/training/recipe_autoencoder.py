@@ -61,4 +61,4 @@ def autoencoder_recipe(config: AutoencoderConfig) -> Recipe:
         pairs = np.concatenate([images, to_numpy(again(images), "float32")], axis=1)
         return np.round(127.5 * (np.clip(pairs, -1, 1) + 1)).astype("uint8")
 
-    return Recipe(model, batches, validation, save, sample)
+    return Recipe(model, batches, validation, save, sample, (index, held))

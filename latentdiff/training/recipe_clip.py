@@ -43,6 +43,7 @@ def clip_recipe(config: CLIPConfig) -> Recipe:
         validation_batches(config, held, buckets, tokenizer),
         save,
         None,
+        (index, held),
     )
 
 

@@ -71,7 +71,8 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
 
     half = config.batch_size // 2 if config.prior else config.batch_size
     cache = cache_of("train", index, half)
-    prior = cache_of("prior", prior_of(config), half) if config.prior else None
+    class_index = prior_of(config) if config.prior else None
+    prior = cache_of("prior", class_index, half) if class_index else None
     checked = cache_of("validation", held, config.batch_size) if fills_a_batch(config, len(held)) else None
     if not config.start:
         # The UNet is to see latents of variance one.
@@ -128,6 +129,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
         (lambda: latents(checked, config.batch_size, config.seed, 0, None)) if checked else None,
         lambda path: presets.save_pipeline(parts, path, overwrite=True),
         sample if config.prompts else None,
+        (index, held, *([class_index] if class_index else ())),
     )
 
 
