@@ -63,7 +63,7 @@ def test_strips_in_bfloat16_are_as_near_to_float32_as_the_whole(autoencoder):
     assert np.abs(tiled - exact).mean() < 1.1 * np.abs(single - exact).mean()
     difference = np.abs(grey_levels(tiled) - grey_levels(single))
     assert difference.mean() < 0.5
-    assert (difference > 2).mean() < 1e-3 and difference.max() <= 4
+    assert (difference > 2).mean() < 1e-2 and difference.max() <= 4
 
 
 def test_tiles_with_their_own_statistics_would_not_do(autoencoder):
