@@ -33,7 +33,6 @@ def fused(function: Callable[..., Any], plain: Callable[..., Any] | None = None)
         function: takes and gives arrays.
         plain: the same in the words that are best where each operation is a pass of its own.
     """
-
     one_pass, passes = _graph_of(function, jit_compile=True), plain or function
 
     def call(*arrays):
