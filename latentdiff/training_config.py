@@ -178,6 +178,7 @@ class DiffusionConfig(Config):
         prediction: "eps", "v" or "x0"; `start`'s own where there is one.
         zero_terminal_snr: whether the last step is pure noise (Lin et al. 2023, arXiv:2305.08891); needs "v" or "x0".
         caption_dropout, loss_weight, offset_noise: see `DiffusionTraining`.
+        flip: whether every other picture is mirrored, where its caption names no side.
         prior: sources of pictures of the subject's class, mixed half and half into each batch, so that the model
             does not forget them (Ruiz et al. 2023, eq. 2, arXiv:2208.12242); with `prior_weight`.
         prompts, num_steps, guidance_scale: of the samples.
@@ -202,6 +203,7 @@ class DiffusionConfig(Config):
     caption_dropout: float = 0.1
     loss_weight: str = "uniform"
     offset_noise: float = 0.0
+    flip: bool = False
     prior: list[str] = typing.cast(Any, ())
     prior_weight: float = 1.0
     prompts: list[str] = typing.cast(Any, ())

@@ -161,6 +161,35 @@ def test_draws_from_the_posterior_have_its_mean_and_variance(cached, moments):
     np.testing.assert_array_equal(draws[17], batches.batch_at(17)["latent"][0])
 
 
+def test_every_other_picture_is_mirrored_whose_caption_names_no_side(cached, index, autoencoder, tokenizer):
+    cache = cached(flip=True, moments=True, side_words={"heart"})
+    assert cache.flip and len(list(cache.directory.glob("mirrored-*.npy"))) == 3
+    for row, example in enumerate(index):
+        turned = decode_crop(read_picture(example), BUCKETS[row % 2])[:, ::-1].astype("float32") / 127.5 - 1
+        kept = cache.latents(np.array([row]), np.array([True]))[0]
+        np.testing.assert_allclose(kept, autoencoder.reference(turned), atol=1e-5)
+    cache = cached(flip=True, side_words={"heart"}, overwrite=True)
+    batches = CachedLatents(cache, 3, scaling_factor=1.0, seed=1, steps=60)
+    heart = tokenizer("heart")[0]
+    mirrored, sided = [], 0
+    for step in range(60):
+        rows = batches.order.at(step)[1]
+        batch = batches.batch_at(step)
+        plain, other = (cache.latents(rows, np.full(3, flip)) for flip in (False, True))
+        for i in range(3):
+            if (batch["tokens"][i] == heart).all():
+                np.testing.assert_array_equal(batch["latent"][i], plain[i])
+                sided += 1
+            else:
+                mirrored.append((batch["latent"][i] == other[i]).all())
+                assert mirrored[-1] or (batch["latent"][i] == plain[i]).all()
+    assert sided > 20 and 0.35 < np.mean(mirrored) < 0.65
+    halves = [CachedLatents(cache, 6, scaling_factor=1.0, steps=4, shard_index=i, num_shards=2) for i in (0, 1)]
+    whole = CachedLatents(cache, 6, scaling_factor=1.0, steps=4)
+    both = np.concatenate([half.batch_at(3)["latent"] for half in halves])
+    np.testing.assert_array_equal(both, whole.batch_at(3)["latent"])
+
+
 def test_contexts_are_the_text_encoders(cached, index, tokenizer, text_encoder):
     cache = cached(text_encoder=text_encoder, dtype="float16")
     captions = [caption for example in index for caption in example.captions]
@@ -217,6 +246,7 @@ def other_weights():
         ("autoencoder", lambda index: {"autoencoder": ToyAutoencoder(norm_epsilon=1e-5)}),
         ("preprocessing", lambda index: {"buckets": [(8, 8), (8, 16)]}),
         ("preprocessing", lambda index: {"moments": True}),
+        ("preprocessing", lambda index: {"flip": True}),
         ("preprocessing", lambda index: {"dtype": "float16"}),
         ("preprocessing", lambda index: {"fill": 4}),
     ],

@@ -216,6 +216,14 @@ def test_diffusion_is_trained_and_the_model_draws(diffusion, folder):
     assert pipe.autoencoder.scaling_factor == pytest.approx(1 / latent.std(), rel=1e-2)
 
 
+def test_pictures_are_mirrored_where_that_is_asked_for(autoencoder, folder):
+    output = folder / "mirrored"
+    arguments = ["--autoencoder", str(autoencoder / "model"), "--flip"]
+    assert train("diffusion", folder, output, *arguments, steps="1") == 0
+    assert list(folder.glob("mirrored.cache/train/mirrored-0-*.npy"))
+    assert not list(folder.glob("mirrored.cache/validation/mirrored-*.npy"))
+
+
 def test_subject_is_learnt_beside_its_class_from_a_loaded_model(diffusion, folder):
     output = folder / "subject"
     arguments = [

@@ -7,6 +7,7 @@ shape of every shard.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ class Cache:
         buckets: int64 (N,), the bucket of each example.
         first_captions: int64 (N + 1,): example i has the captions first_captions[i] .. first_captions[i + 1] - 1.
         moments: whether the log variance is kept beside the mean.
+        flip: whether the mirrored pictures' latents are kept too.
         text: "tokens", "context", or None where no captions are kept.
 
     Raises:
@@ -47,7 +49,7 @@ class Cache:
         self.directory = Path(directory)
         self.manifest = read_json(self.directory / MANIFEST)
         self.sizes = [(int(height), int(width)) for height, width in self.manifest["buckets"]]
-        self.moments, self.text = bool(self.manifest["moments"]), self.manifest["text"]
+        self.moments, self.flip, self.text = (self.manifest[name] for name in ("moments", "flip", "text"))
         self._shards = {name: self._open(name, tuple(shape)) for name, shape in self.manifest["shards"].items()}
         self.buckets, self.first_captions = self._shards["buckets"], self._shards["first_captions"]
         # The place of each example among those of its bucket.
@@ -59,21 +61,28 @@ class Cache:
     def __len__(self) -> int:
         return len(self.buckets)
 
-    def latents(self, rows: np.ndarray) -> np.ndarray:
+    def latents(self, rows: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
         """What the encoder says of examples of one bucket, unscaled.
 
         Args:
             rows: int (B,).
+            mirrored: bool (B,), whose left and right are exchanged, in a cache with `flip`; None is none.
 
         Returns:
             float32 (B, h, w, c), the posteriors' means; with `moments` (B, h, w, 2 c), means and log variances.
         """
         (bucket,) = np.unique(self.buckets[rows])
-        return self._rows(f"latents-{bucket}", self._places[rows]).astype("float32")
+        mirrored = np.zeros(len(rows), bool) if mirrored is None else mirrored
+        kinds = [f"{'mirrored' if exchanged else 'latents'}-{bucket}" for exchanged in mirrored]
+        return self._rows(kinds, self._places[rows]).astype("float32")
+
+    def name_sides(self, captions: np.ndarray) -> np.ndarray:
+        """Whether captions, int (B,), forbid their pictures to be mirrored: bool (B,), in a cache with `flip`."""
+        return self._shards["sided"][captions]
 
     def texts(self, captions: np.ndarray) -> np.ndarray:
         """Captions by their numbers, int (B,): tokens int32 (B, S), or contexts float32 (B, S, D)."""
-        return self._rows(self.text, captions).astype("int32" if self.text == "tokens" else "float32")
+        return self._rows([self.text] * len(captions), captions).astype("int32" if self.text == "tokens" else "float32")
 
     def empty_text(self) -> np.ndarray:
         """The empty caption, for what is trained without one: tokens int32 (S,), or its context float32 (S, D)."""
@@ -96,8 +105,9 @@ class Cache:
         mean = total / count
         return float(mean), float(np.sqrt(squares / count - mean**2))
 
-    def _rows(self, kind: str, places: np.ndarray) -> np.ndarray:
-        return np.stack([self._shards[f"{kind}-{p // SHARD_LENGTH:05}"][p % SHARD_LENGTH] for p in places])
+    def _rows(self, kinds: Sequence[str], places: np.ndarray) -> np.ndarray:
+        pairs = zip(kinds, places, strict=True)
+        return np.stack([self._shards[f"{kind}-{p // SHARD_LENGTH:05}"][p % SHARD_LENGTH] for kind, p in pairs])
 
     def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         path = self.directory / f"{name}.npy"

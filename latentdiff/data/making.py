@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +25,7 @@ from latentdiff.checkpoints.files import read_json, write_json
 from latentdiff.data.buckets import full_buckets
 from latentdiff.data.cache import MANIFEST, SHARD_LENGTH, Cache, StaleCacheError
 from latentdiff.data.cache_key import digest_of, make_parts
+from latentdiff.data.captions import SIDE_WORDS, names_side
 from latentdiff.data.decode import decode_crop
 from latentdiff.data.examples import Example, Index
 from latentdiff.data.sources import read_picture
@@ -47,6 +48,8 @@ def make_cache(
     tokenizer: Any = None,
     text_encoder: keras.Model | None = None,
     moments: bool = False,
+    flip: bool = False,
+    side_words: Collection[str] = SIDE_WORDS,
     dtype: str = "float32",
     fill: int = 1,
     batch_size: int = 16,
@@ -65,6 +68,8 @@ def make_cache(
         tokenizer: a `CLIPTokenizer`; None keeps no captions.
         text_encoder: keeps contexts rather than tokens; for one that is not trained.
         moments: whether the posterior's log variance is kept beside its mean, so that latents can be drawn from it.
+        flip: whether mirrored pictures are kept beside, for captions that name no side; twice the work and the disk.
+        side_words: words that forbid it, in lower case.
         dtype: of the latents and contexts on disk, "float32" or "float16".
         fill: buckets with fewer pictures are given up; the batch size to train with. See `full_buckets`.
         batch_size: pictures that the networks see at once.
@@ -82,6 +87,7 @@ def make_cache(
         raise ValueError("`text_encoder` must come with a `tokenizer`. Received: tokenizer=None.")
     sizes = [[int(height), int(width)] for height, width in buckets]
     preprocessing = {"buckets": sizes, "fill": fill, "crop": "centre", "moments": moments, "dtype": dtype}
+    preprocessing["flip"] = sorted(side_words) if flip else None
     parts = make_parts(index, autoencoder, tokenizer, text_encoder, preprocessing)
     target = Path(directory).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,14 +102,18 @@ def make_cache(
         for bucket in np.unique(chosen):
             examples = [index[row] for row in np.flatnonzero(chosen == bucket)]
             size = (sizes[bucket][0], sizes[bucket][1])
-            making.add_shards(f"latents-{bucket}", examples, partial(_latents, encode, size, batch_size))
+            making.add_shards(f"latents-{bucket}", examples, partial(_latents, encode, size, False, batch_size))
+            if flip:
+                making.add_shards(f"mirrored-{bucket}", examples, partial(_latents, encode, size, True, batch_size))
+        captions = [caption for example in index for caption in example.captions] + [""]
+        if flip:
+            making.add("sided", lambda: np.array([names_side(caption, side_words) for caption in captions]))
         text = None
         if tokenizer is not None:
-            captions = [caption for example in index for caption in example.captions] + [""]
             text = "tokens" if text_encoder is None else "context"
             making.add_shards(text, captions, partial(_texts, tokenizer, text_encoder, batch_size, dtype))
         making.run(progress)
-        making.finish({"buckets": sizes, "moments": moments, "text": text})
+        making.finish({"buckets": sizes, "moments": moments, "flip": flip, "text": text})
         return Cache(target)
 
 
@@ -179,9 +189,11 @@ def _encoder(autoencoder: Any, moments: bool, dtype: str) -> Callable[[np.ndarra
     return lambda image: to_numpy(compiled(image), "float32").astype(dtype)
 
 
-def _latents(encode: Callable, size: tuple[int, int], batch_size: int, examples: Sequence[Example]) -> np.ndarray:
+def _latents(
+    encode: Callable, size: tuple[int, int], flip: bool, batch_size: int, examples: Sequence[Example]
+) -> np.ndarray:
     def picture(example: Example) -> np.ndarray:
-        return decode_crop(read_picture(example), size)
+        return decode_crop(read_picture(example), size, flip=flip)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = (np.stack(list(pool.map(picture, some))) for some in _batches(examples, batch_size))

@@ -57,7 +57,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
     frozen = None if config.train_text_encoder else parts.text_encoder
     root = Path(config.cache) if config.cache else directory.with_name(directory.name + ".cache")
 
-    def cache_of(name: str, pictures, fill: int) -> Cache:
+    def cache_of(name: str, pictures: Index, fill: int, flip: bool = config.flip) -> Cache:
         return make_cache(
             root / name,
             pictures,
@@ -65,6 +65,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
             buckets=buckets,
             tokenizer=parts.tokenizer,
             text_encoder=frozen,
+            flip=flip,
             fill=fill,
             overwrite=True,
         )
@@ -73,7 +74,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
     cache = cache_of("train", index, half)
     class_index = prior_of(config) if config.prior else None
     prior = cache_of("prior", class_index, half) if class_index else None
-    checked = cache_of("validation", held, config.batch_size) if fills_a_batch(config, len(held)) else None
+    checked = cache_of("validation", held, config.batch_size, False) if fills_a_batch(config, len(held)) else None
     if not config.start:
         # The UNet is to see latents of variance one.
         deviation = cache.statistics()[1]
