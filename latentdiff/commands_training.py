@@ -166,7 +166,7 @@ def _train(options: argparse.Namespace) -> None:
     aside = Path(tempfile.mkdtemp(dir=options.output.parent, prefix=f".{options.output.name}-rehearsal-"))
     try:
         rehearsed = replace(config, steps=options.max_steps, checkpoint_every=options.max_steps, log_every=1)
-        run = train(rehearsed, aside / "run", options.progress)
+        run = train(rehearsed, aside / "run", options.progress, most_latents=options.max_steps * config.batch_size)
         if options.kind == "diffusion":
             from latentdiff.export import export_saved_model
             from latentdiff.pipeline import TextToImage

@@ -18,6 +18,7 @@ import latentdiff as ld
 from latentdiff.cli import main
 from latentdiff.models.attention import AttentionBlock, CLIPLayer, SpatialTransformer
 from latentdiff.models.layers import ResnetBlock
+from latentdiff.training import recipe_diffusion
 from latentdiff.training.recipe import REMATERIALIZED, fills_a_batch, index_of
 from latentdiff.training.recipe_diffusion import prior_of
 from latentdiff.training_config import KINDS, DiffusionConfig, read_config
@@ -266,12 +267,19 @@ def test_rehearsal_leaves_nothing_behind(autoencoder, folder, capsys):
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="exports are TensorFlow's")
 def test_rehearsal_exports_what_a_run_would_give(autoencoder, folder, capsys, monkeypatch):
-    exported = []
+    exported, encoded = [], []
     monkeypatch.setattr("latentdiff.export.export_saved_model", lambda *given: exported.append(given))
+    makes = recipe_diffusion.make_cache
+    monkeypatch.setattr(
+        recipe_diffusion,
+        "make_cache",
+        lambda path, index, *rest, **more: encoded.append(len(index)) or makes(path, index, *rest, **more),
+    )
     before = sorted(folder.iterdir())
     arguments = ["--autoencoder", str(autoencoder / "model"), "--max-steps", "2"]
     assert train("diffusion", folder, folder / "rehearsed", *arguments, steps="1000") == 0
     assert "rehearsed 2 steps" in capsys.readouterr().out
+    assert encoded == [8, 8]  # those of two batches of 4, of 24 pictures in two parts
     ((pipe, path),) = exported
     assert isinstance(pipe, ld.TextToImage) and path.parts[-2:] == ("export", "1")
     assert sorted(folder.iterdir()) == before

@@ -65,13 +65,14 @@ class Recipe:
     data: Sequence[Index]
 
 
-def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
+def train(config: Config, directory: str | Path, progress: bool = True, most_latents: int | None = None) -> Run:
     """Trains what the configuration asks for; goes on where the directory holds a run of it.
 
     Args:
         config: of a kind; see `read_config`.
         directory: of the run; `model/` in it is what was trained.
         progress: whether Keras' progress bar is shown.
+        most_latents: pictures that are encoded for latent diffusion, of each source, for a rehearsal; None is all.
 
     Returns:
         The run, which is done unless it was interrupted.
@@ -84,7 +85,7 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
     directory = Path(directory)
     with _devices(config):
         keras.utils.set_random_seed(config.seed)
-        recipe = make_recipe(config, directory)
+        recipe = make_recipe(config, directory, most_latents)
         recipe.model.compile(
             optimizer=make_optimizer(config),
             steps_per_execution=config.steps_per_execution,
@@ -118,7 +119,7 @@ def train(config: Config, directory: str | Path, progress: bool = True) -> Run:
     return run
 
 
-def make_recipe(config: Config, directory: Path) -> Recipe:
+def make_recipe(config: Config, directory: Path, most_latents: int | None = None) -> Recipe:
     """The recipe of a configuration's kind."""
     # Each kind's networks are imported when it is asked for.
     if isinstance(config, AutoencoderConfig):
@@ -132,7 +133,7 @@ def make_recipe(config: Config, directory: Path) -> Recipe:
     assert isinstance(config, DiffusionConfig)
     from latentdiff.training.recipe_diffusion import diffusion_recipe
 
-    return diffusion_recipe(config, directory)
+    return diffusion_recipe(config, directory, most_latents)
 
 
 def make_optimizer(config: Config) -> keras.optimizers.Optimizer:

@@ -48,11 +48,17 @@ def prior_of(config: DiffusionConfig) -> Index:
     return index if config.validation_data else split(config, index)[0]
 
 
-def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
-    """The pipeline of `start`, or a new UNet over the autoencoder and the text encoder that are named."""
+def diffusion_recipe(config: DiffusionConfig, directory: Path, most_latents: int | None = None) -> Recipe:
+    """The pipeline of `start`, or a new UNet over the autoencoder and the text encoder that are named.
+
+    Args:
+        config: see `DiffusionConfig`.
+        directory: of the run.
+        most_latents: pictures of each source that are encoded; None is all.
+    """
     parts = _parts(config)
     parts.text_encoder.trainable = config.train_text_encoder
-    index, held = index_of(config)
+    index, held = (_at_most(some, most_latents) for some in index_of(config))
     buckets = buckets_of(config, parts.autoencoder.factor)
     frozen = None if config.train_text_encoder else parts.text_encoder
     root = Path(config.cache) if config.cache else directory.with_name(directory.name + ".cache")
@@ -72,7 +78,7 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
 
     half = config.batch_size // 2 if config.prior else config.batch_size
     cache = cache_of("train", index, half)
-    class_index = prior_of(config) if config.prior else None
+    class_index = _at_most(prior_of(config), most_latents) if config.prior else None
     prior = cache_of("prior", class_index, half) if class_index else None
     checked = cache_of("validation", held, config.batch_size, False) if fills_a_batch(config, len(held)) else None
     if not config.start:
@@ -132,6 +138,13 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path) -> Recipe:
         sample if config.prompts else None,
         (index, held, *([class_index] if class_index else ())),
     )
+
+
+def _at_most(index: Index, count: int | None) -> Index:
+    """An index, or as many of its pictures, evenly spread."""
+    if count is None or len(index) <= count:
+        return index
+    return index.select(np.arange(count) * len(index) // count)
 
 
 def _parts(config: DiffusionConfig) -> presets.Parts:
