@@ -209,12 +209,17 @@ def _check_run(source: Source, settings: Settings) -> None:
     read_size(settings.height, settings.width, presets.sample_size_of(source), channels)
 
 
-def start_keras() -> str:
-    """The name of Keras' backend, once that has been imported and has found its devices."""
+def start_keras(find_devices: bool = True) -> str:
+    """The name of Keras' backend, once that has been imported and has found its devices.
+
+    Args:
+        find_devices: hosts must be joined before.
+    """
     with _without_start_log():
         import keras
 
-        keras.ops.zeros(())
+        if find_devices:
+            keras.ops.zeros(())
         return keras.backend.backend()
 
 

@@ -152,7 +152,7 @@ def _train(options: argparse.Namespace) -> None:
 
     from latentdiff.cli import start_keras
 
-    start_keras()
+    start_keras(find_devices=not config.hosts)
     from latentdiff.training.recipe import train
 
     if options.max_steps is None:
