@@ -1,5 +1,7 @@
 """Where the time of our own goes on a CPU: the seconds of each kind of TensorFlow's operations, within one call.
 
+Beside it the least that its products could take: their multiply-adds, at the rate of one large product of matrices.
+
     python -m benchmarks.profile --tasks unet decode train --dtype bfloat16
 
 Operations run beside one another on several threads, so that the seconds of all of them are more than the call's own.
@@ -25,6 +27,7 @@ from benchmarks.systems import Job
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("unet", "decode", "train")
 CALLS = 5
+LARGE = 4096  # rows and columns of the product that the rate is taken of
 # Words in an operation's name, the first of which decides.
 KINDS = {
     "BatchMatMul": "attention's products",
@@ -40,6 +43,8 @@ def measure(task: str, job: Job) -> dict[str, Any]:
     """The seconds of one call, and those of each kind of operation and of the longest of the rest."""
     import tensorflow as tf
 
+    from benchmarks.systems.ours import Asker
+
     call, steps = _call(task, job)
     call()
     _, took = machine.timed(lambda: [call() for _ in range(CALLS)])
@@ -54,11 +59,39 @@ def measure(task: str, job: Job) -> dict[str, Any]:
     for name, seconds in each.items():
         kinds[kind_of(name)] += seconds
     rest = {name: round(seconds, 4) for name, seconds in each.items() if kind_of(name) == REST and seconds >= 0.01}
+    floor = {} if task == "train" else {"floor": least(getattr(Asker(job), f"{task}_and_arrays")(), job.case.dtype)}
     return {
         "wall_s": took["wall_s"] / CALLS / steps,
         "kinds": {kind: round(seconds, 4) for kind, seconds in kinds.most_common()},
         "rest": rest,
+        **floor,
     }
+
+
+def least(work: tuple[Callable, list[Any], list[Any]], dtype: str) -> dict[str, float]:
+    """The multiply-adds of a function's products, their rate a second in a large product, and the seconds of both."""
+    import tensorflow as tf
+
+    function, _, arrays = work
+    specs = [tf.TensorSpec(array.shape, array.dtype) for array in arrays]
+    count = multiply_adds(tf.function(function, autograph=False).get_concrete_function(*specs).graph)
+    large = tf.ones((LARGE, LARGE), dtype)
+    product = tf.function(tf.matmul, autograph=False)
+    product(large, large)
+    took = min(machine.timed(lambda: product(large, large).numpy())[1]["wall_s"] for _ in range(CALLS))
+    rate = LARGE**3 / took
+    return {"multiply_adds": count, "multiply_adds_per_s": round(rate), "seconds": round(count / rate, 4)}
+
+
+def multiply_adds(graph: Any) -> int:
+    """Of all products in a graph whose shapes are known."""
+    found = 0
+    for operation in graph.get_operations():
+        if operation.type in ("Conv2D", "MatMul", "BatchMatMulV2"):
+            taken, factor = (tensor.shape.as_list() for tensor in operation.inputs)
+            inner = factor[0] * factor[1] * factor[2] if operation.type == "Conv2D" else taken[-1]
+            found += operation.outputs[0].shape.num_elements() * inner
+    return found
 
 
 def _call(task: str, job: Job) -> tuple[Callable[[], Any], int]:
@@ -99,6 +132,9 @@ def table(task: str, found: dict[str, Any]) -> str:
     """Lines to be read."""
     lines = [f"{task}: {found['wall_s']:.2f} s; seconds of operations:"]
     lines += [f"  {kind:24s}{seconds:8.3f}" for kind, seconds in found["kinds"].items()]
+    if floor := found.get("floor"):
+        said = "{:.3f} T multiply-adds at {:.3f} T a second".format(*(floor[n] / 1e12 for n in list(floor)[:2]))
+        lines.append(f"  all products as one large one: {floor['seconds']:.3f} s ({said})")
     return "\n".join([*lines, "  of the rest: " + ", ".join(f"{name} {s:.3f}" for name, s in found["rest"].items())])
 
 

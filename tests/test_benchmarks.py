@@ -236,6 +236,20 @@ def test_profile_finds_operations_of_each_kind(tiny):
     assert {"convolutions", "products of matrices", "softmax"} <= found["kinds"].keys()
     assert all(0 < seconds for seconds in found["kinds"].values()) and found["wall_s"] > 0
     assert not any("function" in name for name in found["rest"])
+    floor = found["floor"]
+    assert floor["seconds"] == pytest.approx(floor["multiply_adds"] / floor["multiply_adds_per_s"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [("float32", 5), ("bfloat16", 3)])
+def test_products_are_counted(dtype, columns):
+    import tensorflow as tf
+
+    def function(x):
+        y = tf.nn.conv2d(x, tf.ones((3, 3, 4, 8), dtype), 1, "SAME")  # 2 x 6 x 7 positions of 9 x 4 numbers, 8 times
+        return tf.matmul(tf.reshape(y, (2, 42, 8)), tf.ones((2, 8, columns), dtype)) @ tf.ones((columns, 1), dtype)
+
+    graph = tf.function(function).get_concrete_function(tf.TensorSpec((2, 6, 7, 4), dtype)).graph
+    assert profile.multiply_adds(graph) == 84 * 36 * 8 + 84 * 8 * columns + 84 * columns
 
 
 def test_generation_is_rehearsed(tiny):

@@ -33,15 +33,17 @@ class Asker:
         """Gives the prediction (2, h, w, c); on another engine the seconds of a guided step within `generate`."""
         if self.engine != "keras":
             return self._step()
+        return self._called(*self.unet_and_arrays())
+
+    def unet_and_arrays(self) -> tuple[Callable, list[Any], list[np.ndarray]]:
+        """A function of arrays, the networks in it, and the arrays."""
         unet = latentdiff.UNet.from_preset(self.job.directory, dtype=self.dtype)
         given = weights.inputs(self.job.directory, self.job.case.pixels)
-        latent = np.concatenate([given["latent"]] * 2)
 
         def network(latent, timestep, context):
             return unet({"latent": latent, "timestep": timestep, "context": context}, training=False)
 
-        run = Compiled(network, [unet])
-        return lambda: to_numpy(run(latent, given["timestep"], given["context"]), "float32")
+        return network, [unet], [np.concatenate([given["latent"]] * 2), given["timestep"], given["context"]]
 
     def _step(self) -> Measured:
         pipe, times = self._load(), []
@@ -67,10 +69,17 @@ class Asker:
 
     def decode(self) -> Callable[[], np.ndarray]:
         """Gives the image (1, H, W, 3)."""
+        return self._called(*self.decode_and_arrays())
+
+    def decode_and_arrays(self) -> tuple[Callable, list[Any], list[np.ndarray]]:
+        """As `unet_and_arrays`."""
         autoencoder = latentdiff.Autoencoder.from_preset(self.job.directory, dtype=self.dtype)
-        latent = weights.inputs(self.job.directory, self.job.case.pixels)["latent"]
-        run = Compiled(autoencoder.decode, [autoencoder])
-        return lambda: to_numpy(run(latent), "float32")
+        return autoencoder.decode, [autoencoder], [weights.inputs(self.job.directory, self.job.case.pixels)["latent"]]
+
+    @staticmethod
+    def _called(function: Callable, models: list[Any], arrays: list[np.ndarray]) -> Callable[[], np.ndarray]:
+        run = Compiled(function, models)
+        return lambda: to_numpy(run(*arrays), "float32")
 
     def generate(self, path: Path) -> np.ndarray:
         """Writes a picture, uint8 (H, W, 3), and gives it; networks are freed after their use, as by the command."""
