@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import profile, report, weights, worker
+from benchmarks import profile, report, start, weights, worker
 from benchmarks.__main__ import read_options
 from benchmarks.cases import SIZES, Case, make_cases
 from benchmarks.measure import difference
@@ -238,6 +238,14 @@ def test_profile_finds_operations_of_each_kind(tiny):
     assert not any("function" in name for name in found["rest"])
     floor = found["floor"]
     assert floor["seconds"] == pytest.approx(floor["multiply_adds"] / floor["multiply_adds_per_s"], abs=1e-4)
+
+
+def test_start_is_the_sum_of_its_stages(tmp_path):
+    said = start.main(["--size", "tiny", "--dtype", "float32", "--output", str(tmp_path / "start.json")])
+    stages = [seconds for name, seconds in said.items() if name.endswith("_s")]
+    assert said["import_keras_s"] > 0.1 and min(stages) >= 0
+    assert sum(stages) == pytest.approx(2 * said["whole_s"], abs=0.02)
+    assert json.loads((tmp_path / "start.json").read_text())["whole_s"] == said["whole_s"]
 
 
 @pytest.mark.parametrize(("dtype", "columns"), [("float32", 5), ("bfloat16", 3)])
