@@ -17,6 +17,7 @@ from tiny_models import to_numpy
 import latentdiff as ld
 from latentdiff.cli import main
 from latentdiff.models.attention import AttentionBlock, CLIPLayer, SpatialTransformer
+from latentdiff.models.image_encoder import CLIPImageEncoder
 from latentdiff.models.layers import ResnetBlock
 from latentdiff.training import recipe_diffusion
 from latentdiff.training.recipe import REMATERIALIZED, fills_a_batch, index_of
@@ -194,11 +195,31 @@ def test_every_block_is_one_that_is_computed_again():
     assert not {layer.name for layer in others} & set(REMATERIALIZED)
 
 
-def test_clip_pair_is_trained_and_written(folder, capsys):
+@pytest.fixture(scope="module")
+def clip(folder):
     assert train("clip", folder, folder / "clip") == 0
+    return folder / "clip"
+
+
+def test_clip_pair_is_trained_and_written(clip):
+    assert ld.CLIPTextEncoder.from_preset(str(clip / "model")).config["width"] == 8
+    assert len(losses(clip)) == 4
+
+
+def test_broken_pictures_are_named(folder, tmp_path, capsys):
+    assert train("clip", folder, tmp_path / "clip", steps="1") == 0
     assert "00024.png" in capsys.readouterr().err
-    assert ld.CLIPTextEncoder.from_preset(str(folder / "clip" / "model")).config["width"] == 8
-    assert len(losses(folder / "clip")) == 4
+
+
+def test_clip_pair_that_is_loaded_is_trained_on(clip, folder):
+    output = folder / "clip_tuned"
+    assert train("clip", folder, output, "--start", str(clip / "model"), "--width", "16", steps="1") == 0
+    for network_class in (ld.CLIPTextEncoder, CLIPImageEncoder):
+        kept, tuned = (network_class.from_preset(str(run / "model"), dtype="float32") for run in (clip, output))
+        pairs = list(zip(arrays(kept), arrays(tuned), strict=True))
+        assert any((mine != theirs).any() for mine, theirs in pairs)
+        # A step of Adam changes no weight by more than its rate and the decay.
+        assert all(np.abs(mine - theirs).max() < 1e-3 for mine, theirs in pairs)
 
 
 @pytest.fixture(scope="module")
