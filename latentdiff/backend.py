@@ -223,7 +223,7 @@ def has_cudnn_attention() -> bool:
 
 
 def fit_compilation() -> bool | str:
-    """What a training's `compile` is told as `jit_compile`: plain graphs on a CPU by TensorFlow, else Keras' choice."""
+    """What "auto" is for a training's `jit_compile`: plain graphs on a CPU by TensorFlow, else Keras' choice."""
     return False if keras.backend.backend() == "tensorflow" and not has_gpu() else "auto"
 
 

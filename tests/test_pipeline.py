@@ -257,12 +257,12 @@ def test_second_call_traces_nothing_again(generate, tiny_pipe):
 
 
 def test_many_calls_leave_nothing_behind(generate):
-    """Of 100 pictures, each with words and a seed of its own."""
+    """Of 200 pictures, each with words and a seed of its own."""
     for i in range(10):
         generate(f"picture {i}", seed=i)
     gc.collect()
     before = memory_mib()
-    for i in range(10, 110):
+    for i in range(10, 210):
         generate(f"picture {i}", seed=i)
     gc.collect()
     assert memory_mib() - before < 4

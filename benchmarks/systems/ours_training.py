@@ -14,7 +14,7 @@ import latentdiff
 from benchmarks import machine
 from benchmarks.cases import CAPTION_DROPOUT, LEARNING_RATE, SIZES, TRAINING
 from benchmarks.systems import Job
-from latentdiff.backend import fit_compilation, keep_freed_memory
+from latentdiff.backend import keep_freed_memory
 from latentdiff.data.order import Order
 from latentdiff.data.steps import Steps
 from latentdiff.diffusion.process import GaussianDiffusion
@@ -107,7 +107,7 @@ def _model(job: Job) -> tuple[DiffusionTraining, dict[str, np.ndarray]]:
     diffusion = GaussianDiffusion(scaled_linear_schedule(1000, 0.00085, 0.012), "eps")
     model = DiffusionTraining(unet, None, diffusion, np.zeros(shape, "float32"), CAPTION_DROPOUT)
     optimizer = keras.optimizers.AdamW(LEARNING_RATE)
-    model.compile(optimizer=optimizer, jit_compile=fit_compilation())
+    model.compile(optimizer=optimizer)
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((size.batch, size.latent, size.latent, 4)).astype("float32")
     return model, {"latent": latent, "context": rng.standard_normal((size.batch, *shape)).astype("float32")}

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-from latentdiff.backend import Compiled, fit_compilation, psnr_and_ssim, to_numpy
+from latentdiff.backend import Compiled, psnr_and_ssim, to_numpy
 from latentdiff.checkpoints.files import replaced_directory
 from latentdiff.data import index_source
 from latentdiff.data.decode import decode_crop
@@ -149,7 +149,7 @@ def _losses(pipe: TextToImage, latents, captions, batch_size: int, seed: int) ->
     """The training's loss on fixed noise, and by t."""
     diffusion = GaussianDiffusion(pipe.schedule, pipe.settings.prediction)
     model = DiffusionTraining(pipe.unet, pipe.text_encoder, diffusion, pipe.tokenizer("")[0], bins=BINS, seed=seed)
-    model.compile(jit_compile=fit_compilation())
+    model.compile()
     batch = {
         "latent": latents,
         "tokens": pipe.tokenizer(list(captions)),

@@ -15,7 +15,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from latentdiff.backend import fit_compilation
 from latentdiff.data import CaptionedImages, Index, index_source, make_buckets
 from latentdiff.data.cache_key import digest_of
 from latentdiff.data.draws import uniform
@@ -86,11 +85,7 @@ def train(config: Config, directory: str | Path, progress: bool = True, most_lat
     with _devices(config):
         keras.utils.set_random_seed(config.seed)
         recipe = make_recipe(config, directory, most_latents)
-        recipe.model.compile(
-            optimizer=make_optimizer(config),
-            steps_per_execution=config.steps_per_execution,
-            jit_compile=fit_compilation(),
-        )
+        recipe.model.compile(optimizer=make_optimizer(config), steps_per_execution=config.steps_per_execution)
         validation = recipe.validation
 
         def validate():

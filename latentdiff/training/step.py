@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from latentdiff.backend import FinishedStep, held, lay_out_like, replica, running_here, to_numpy
+from latentdiff.backend import FinishedStep, fit_compilation, held, lay_out_like, replica, running_here, to_numpy
 from latentdiff.data.tensors import as_read
 from latentdiff.training.state import build_all
 from latentdiff.training_config import HISTORY
@@ -77,6 +77,11 @@ class TrainingModel(keras.Model):
                 average.assign(_copy_of(variable))
                 self.averages.append(average)
         self.built = True
+
+    def compile(self, *arguments, jit_compile: bool | str = "auto", **keywords):
+        """Keras' own; "auto" is plain graphs on a CPU by TensorFlow, where they are faster than XLA's."""
+        chosen = fit_compilation() if jit_compile == "auto" else jit_compile
+        super().compile(*arguments, jit_compile=chosen, **keywords)
 
     def make_train_function(self, force=False):
         """Keras' own, after all variables are made: TensorFlow traces a step twice if it makes some itself."""
