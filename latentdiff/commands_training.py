@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from latentdiff.catalogue import resolve_preset
 from latentdiff.checkpoints.files import read_json
 from latentdiff.checkpoints.sources import open_source
 from latentdiff.extras import require
-from latentdiff.training_config import KINDS, field_types, read_config
+from latentdiff.training_config import KINDS, Config, field_types, read_config
 
 _TRAIN_EXAMPLES = """examples:
   latentdiff train autoencoder --config scripts/toy_autoencoder.toml --output runs/toy_autoencoder
@@ -162,18 +161,46 @@ def _train(options: argparse.Namespace) -> None:
         else:
             print(options.output / "model")
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=options.output.parent, prefix=f".{options.output.name}-rehearsal-"))
-    try:
-        rehearsed = replace(config, steps=options.max_steps, checkpoint_every=options.max_steps, log_every=1)
-        run = train(rehearsed, aside / "run", options.progress, most_latents=options.max_steps * config.batch_size)
-        if options.kind == "diffusion":
-            from latentdiff.export import export_saved_model
-            from latentdiff.pipeline import TextToImage
+    _rehearse(config, options)
 
-            export_saved_model(
-                TextToImage.from_preset(aside / "run" / "model", dtype="float32"), aside / "export" / "1"
-            )
-        print(f"rehearsed {run.step} steps, a checkpoint and what is written at the end")
+
+def _rehearse(config: Config, options: argparse.Namespace) -> None:
+    """A run of a few steps, in a directory beside the run's that all hosts see; what was there before is of a kill."""
+    from latentdiff.backend import is_first_process
+    from latentdiff.training.recipe import train
+
+    aside = options.output.with_name(f".{options.output.name}-rehearsal")
+    shutil.rmtree(aside, ignore_errors=True)
+    changes: dict[str, Any] = {"steps": options.max_steps, "checkpoint_every": options.max_steps, "log_every": 1}
+    if options.kind == "diffusion":
+        changes["cache"] = ""  # a whole one stays as it is
+    try:
+        run = train(
+            replace(config, **changes),
+            aside / "run",
+            options.progress,
+            most_latents=options.max_steps * config.batch_size,
+        )
+        if is_first_process():
+            what = _opened(options.kind, aside)
+            print(f"rehearsed {run.step} steps, a checkpoint{what}")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not config.hosts or is_first_process():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _opened(kind: str, aside: Path) -> str:
+    """Opens the model of a rehearsal, and exports it where that can be done; what there is to say of it."""
+    if kind != "diffusion":
+        return " and the model's directory"
+    import keras
+
+    from latentdiff.pipeline import TextToImage
+
+    pipe = TextToImage.from_preset(aside / "run" / "model", dtype="float32")
+    if keras.backend.backend() != "tensorflow":
+        return " and the model's directory; a SavedModel is exported with KERAS_BACKEND=tensorflow"
+    from latentdiff.export import export_saved_model
+
+    export_saved_model(pipe, aside / "export" / "1")
+    return ", the model's directory and a SavedModel"

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -284,6 +285,34 @@ def test_rehearsal_leaves_nothing_behind(autoencoder, folder, capsys):
     assert train("autoencoder", folder, folder / "rehearsed", "--max-steps", "2", steps="1000") == 0
     assert "rehearsed 2 steps" in capsys.readouterr().out
     assert sorted(folder.iterdir()) == before
+
+
+def test_rehearsal_leaves_the_caches_that_are_there(diffusion, autoencoder, folder, monkeypatch):
+    """Its own is of a few pictures."""
+    monkeypatch.setattr("latentdiff.export.export_saved_model", lambda pipe, path: None)
+    arguments = ["--autoencoder", str(autoencoder / "model"), "--cache", str(folder / "diffusion.cache")]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("diffusion.cache/*/*")}
+    assert len(before) > 4
+    assert train("diffusion", folder, folder / "rehearsed", *arguments, "--max-steps", "1", steps="9") == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("diffusion.cache/*/*")} == before
+
+
+def test_run_that_is_refused_leaves_its_cache(diffusion, autoencoder, folder, capsys):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("diffusion.cache/*/*")}
+    arguments = ["--prompts", "a red circle", "a blue square", "--autoencoder"]
+    with pytest.raises(SystemExit):
+        train("diffusion", folder, diffusion, *arguments, str(autoencoder / "model"), "--flip")
+    assert "flip=True (was False)" in capsys.readouterr().err
+    assert train("autoencoder", folder, folder / "other", "--seed", "9", steps="1") == 0
+    (folder / "other" / "model").rename(folder / "kept")
+    shutil.copytree(autoencoder / "model", folder / "other" / "model")
+    assert train("diffusion", folder, folder / "watched", *arguments, str(folder / "other" / "model"), steps="1") == 0
+    shutil.rmtree(folder / "other" / "model")
+    (folder / "kept").rename(folder / "other" / "model")
+    with pytest.raises(SystemExit):
+        train("diffusion", folder, folder / "watched", *arguments, str(folder / "other" / "model"), steps="2")
+    assert "autoencoder_digest" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("diffusion.cache/*/*")} == before
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="exports are TensorFlow's")

@@ -49,7 +49,8 @@ class Cache:
         self.directory = Path(directory)
         self.manifest = read_json(self.directory / MANIFEST)
         self.sizes = [(int(height), int(width)) for height, width in self.manifest["buckets"]]
-        self.moments, self.flip, self.text = (self.manifest[name] for name in ("moments", "flip", "text"))
+        self.moments, self.text = bool(self.manifest["moments"]), self.manifest["text"]
+        self.flip = bool(self.manifest.get("flip"))  # not said by older ones
         self._shards = {name: self._open(name, tuple(shape)) for name, shape in self.manifest["shards"].items()}
         self.buckets, self.first_captions = self._shards["buckets"], self._shards["first_captions"]
         # The place of each example among those of its bucket.

@@ -35,9 +35,9 @@ def make_parts(
     """
     return {
         "data": index.digest,
-        "autoencoder": _network(autoencoder.encoder, autoencoder.get_config()),
+        "autoencoder": network_digest(autoencoder.encoder, autoencoder.get_config()),
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
-        "text_encoder": None if text_encoder is None else _network(text_encoder, text_encoder.get_config()),
+        "text_encoder": None if text_encoder is None else network_digest(text_encoder, text_encoder.get_config()),
         "preprocessing": preprocessing,
         "version": __version__,
     }
@@ -48,7 +48,8 @@ def digest_of(fields: Any) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _network(network: keras.Model, config: dict[str, Any]) -> str:
+def network_digest(network: keras.Model, config: dict[str, Any]) -> str:
+    """SHA-256, in hex, of a network's weights and of its configuration, but for the latents' scaling."""
     config = {name: value for name, value in config.items() if name not in _NOT_KEPT}
     digest = hashlib.sha256(digest_of(config).encode())
     for variable in network.weights:

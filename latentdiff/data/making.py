@@ -87,7 +87,8 @@ def make_cache(
         raise ValueError("`text_encoder` must come with a `tokenizer`. Received: tokenizer=None.")
     sizes = [[int(height), int(width)] for height, width in buckets]
     preprocessing = {"buckets": sizes, "fill": fill, "crop": "centre", "moments": moments, "dtype": dtype}
-    preprocessing["flip"] = sorted(side_words) if flip else None
+    if flip:
+        preprocessing["flip"] = sorted(side_words)
     parts = make_parts(index, autoencoder, tokenizer, text_encoder, preprocessing)
     target = Path(directory).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

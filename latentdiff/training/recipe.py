@@ -53,7 +53,7 @@ class Recipe:
         validation: the batches of a validation, the same each time; None where there are too few pictures.
         save: writes what is trained to a path, whole or not at all.
         sample: pictures that show what is learnt, uint8 (n, H, W, 3); None where there are none.
-        data: what is trained on and what is held out.
+        given: what the run depends on beside its configuration: see `given_by`.
     """
 
     model: TrainingModel
@@ -61,7 +61,7 @@ class Recipe:
     validation: Callable[[], keras.utils.PyDataset] | None
     save: Callable[[Path], None]
     sample: Callable[[], np.ndarray] | None
-    data: Sequence[Index]
+    given: dict[str, str]
 
 
 def train(config: Config, directory: str | Path, progress: bool = True, most_latents: int | None = None) -> Run:
@@ -71,7 +71,7 @@ def train(config: Config, directory: str | Path, progress: bool = True, most_lat
         config: of a kind; see `read_config`.
         directory: of the run; `model/` in it is what was trained.
         progress: whether Keras' progress bar is shown.
-        most_latents: pictures that are encoded for latent diffusion, of each source, for a rehearsal; None is all.
+        most_latents: pictures of each size that are encoded for latent diffusion, for a rehearsal; None is all.
 
     Returns:
         The run, which is done unless it was interrupted.
@@ -93,13 +93,11 @@ def train(config: Config, directory: str | Path, progress: bool = True, most_lat
             said = recipe.model.evaluate(validation(), verbose=0, return_dict=True)
             return {f"val_{name}": value for name, value in said.items()}
 
-        # Of all pictures and captions, in whatever order and part of the split.
-        data = {"data_digest": digest_of(sorted([e.digest, e.captions] for index in recipe.data for e in index))}
         run = Run(
             directory,
-            {**as_json(config), **data},
+            {**as_json(config), **recipe.given},
             config.steps,
-            defaults={**defaults(type(config)), **data},
+            defaults={**defaults(type(config)), **recipe.given},
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             keep=config.keep,
@@ -129,6 +127,17 @@ def make_recipe(config: Config, directory: Path, most_latents: int | None = None
     from latentdiff.training.recipe_diffusion import diffusion_recipe
 
     return diffusion_recipe(config, directory, most_latents)
+
+
+def given_by(indexes: Sequence[Index], **networks: str) -> dict[str, str]:
+    """What a run depends on beside its configuration, which has paths alone.
+
+    Args:
+        indexes: all pictures and captions, in whatever order and part of the split.
+        networks: the digests of those that are not trained.
+    """
+    pictures = digest_of(sorted([e.digest, e.captions] for index in indexes for e in index))
+    return {"data_digest": pictures, **{f"{name}_digest": digest for name, digest in networks.items()}}
 
 
 def make_optimizer(config: Config) -> keras.optimizers.Optimizer:

@@ -12,7 +12,7 @@ from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.presets import HeldArrays, in_policy
 from latentdiff.training.autoencoder import AutoencoderTraining
 from latentdiff.training.discriminator import PatchDiscriminator
-from latentdiff.training.recipe import Recipe, buckets_of, image_batches, index_of, validation_batches
+from latentdiff.training.recipe import Recipe, buckets_of, given_by, image_batches, index_of, validation_batches
 from latentdiff.training_config import AutoencoderConfig
 
 SHOWN = 8  # pictures of a sample
@@ -61,4 +61,4 @@ def autoencoder_recipe(config: AutoencoderConfig) -> Recipe:
         pairs = np.concatenate([images, to_numpy(again(images), "float32")], axis=1)
         return np.round(127.5 * (np.clip(pairs, -1, 1) + 1)).astype("uint8")
 
-    return Recipe(model, batches, validation, save, sample, (index, held))
+    return Recipe(model, batches, validation, save, sample, given_by((index, held)))

@@ -8,7 +8,7 @@ from latentdiff.models.image_encoder import CLIPImageEncoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.tokenizer import CLIPTokenizer
 from latentdiff.training.clip import CLIPTraining
-from latentdiff.training.recipe import Recipe, buckets_of, image_batches, index_of, validation_batches
+from latentdiff.training.recipe import Recipe, buckets_of, given_by, image_batches, index_of, validation_batches
 from latentdiff.training_config import CLIPConfig, DiffusionConfig
 
 
@@ -43,7 +43,7 @@ def clip_recipe(config: CLIPConfig) -> Recipe:
         validation_batches(config, held, buckets, tokenizer),
         save,
         None,
-        (index, held),
+        given_by((index, held)),
     )
 
 

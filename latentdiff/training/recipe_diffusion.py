@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,27 @@ from latentdiff import presets
 from latentdiff.backend import to_numpy
 from latentdiff.checkpoints.diffusers_scheduler import SamplerSettings
 from latentdiff.data import Cache, CachedLatents, Index, Steps, make_cache
+from latentdiff.data.buckets import full_buckets
+from latentdiff.data.cache_key import network_digest
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import CLIPTextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage
 from latentdiff.training.diffusion import DiffusionTraining
-from latentdiff.training.recipe import Recipe, buckets_of, fills_a_batch, index_of, part_here, pictures_of, split
+from latentdiff.training.recipe import (
+    Recipe,
+    buckets_of,
+    fills_a_batch,
+    given_by,
+    index_of,
+    part_here,
+    pictures_of,
+    split,
+)
 from latentdiff.training.recipe_clip import new_text_encoder, tokenizer_of
-from latentdiff.training_config import DiffusionConfig
+from latentdiff.training.run import check_config
+from latentdiff.training_config import DiffusionConfig, as_json, defaults
 
 
 class WithPrior(Steps):
@@ -54,19 +67,28 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path, most_latents: int
     Args:
         config: see `DiffusionConfig`.
         directory: of the run.
-        most_latents: pictures of each source that are encoded; None is all.
+        most_latents: pictures of each size that are encoded; None is all.
     """
     parts = _parts(config)
     parts.text_encoder.trainable = config.train_text_encoder
-    index, held = (_at_most(some, most_latents) for some in index_of(config))
     buckets = buckets_of(config, parts.autoencoder.factor)
+    index, held = index_of(config)
+    class_index = prior_of(config) if config.prior else None
     frozen = None if config.train_text_encoder else parts.text_encoder
     root = Path(config.cache) if config.cache else directory.with_name(directory.name + ".cache")
+
+    given = given_by(
+        (index, held, *([class_index] if class_index else ())),
+        autoencoder=network_digest(parts.autoencoder.encoder, parts.autoencoder.get_config()),
+        **({"text_encoder": network_digest(frozen, frozen.get_config())} if frozen else {}),
+    )
+    # Before a cache is made in another one's place.
+    check_config(directory, {**as_json(config), **given}, {**defaults(type(config)), **given})
 
     def cache_of(name: str, pictures: Index, fill: int, flip: bool = config.flip) -> Cache:
         return make_cache(
             root / name,
-            pictures,
+            _at_most(pictures, buckets, fill, most_latents),
             parts.autoencoder,
             buckets=buckets,
             tokenizer=parts.tokenizer,
@@ -78,7 +100,6 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path, most_latents: int
 
     half = config.batch_size // 2 if config.prior else config.batch_size
     cache = cache_of("train", index, half)
-    class_index = _at_most(prior_of(config), most_latents) if config.prior else None
     prior = cache_of("prior", class_index, half) if class_index else None
     checked = cache_of("validation", held, config.batch_size, False) if fills_a_batch(config, len(held)) else None
     if not config.start:
@@ -136,15 +157,16 @@ def diffusion_recipe(config: DiffusionConfig, directory: Path, most_latents: int
         (lambda: latents(checked, config.batch_size, config.seed, 0, None)) if checked else None,
         lambda path: presets.save_pipeline(parts, path, overwrite=True),
         sample if config.prompts else None,
-        (index, held, *([class_index] if class_index else ())),
+        given,
     )
 
 
-def _at_most(index: Index, count: int | None) -> Index:
-    """An index, or as many of its pictures, evenly spread."""
-    if count is None or len(index) <= count:
+def _at_most(index: Index, buckets: Sequence[tuple[int, int]], fill: int, count: int | None) -> Index:
+    """An index, or the first pictures of each size in it."""
+    if count is None:
         return index
-    return index.select(np.arange(count) * len(index) // count)
+    chosen = full_buckets(index.heights, index.widths, buckets, fill)
+    return index.select(np.sort(np.concatenate([np.flatnonzero(chosen == each)[:count] for each in np.unique(chosen)])))
 
 
 def _parts(config: DiffusionConfig) -> presets.Parts:

@@ -123,13 +123,13 @@ class Run(keras.callbacks.Callback):
             ValueError: the directory is another run's, no checkpoint in it is whole, or not every process sees it.
         """
         if is_first_process():
-            self._check_config()
+            self._begin()
         states = self.checkpoints()
         seen = every_process_says(_step_of(states[-1]) if states else 0)
         if len(set(seen)) > 1:
             raise ValueError(f"Every process must see the run's directory. Received: last checkpoints={seen}.")
         if not is_first_process():
-            self._check_config()
+            self._begin()
         error: ValueError | None = None
         for path in reversed(states):
             try:
@@ -150,19 +150,11 @@ class Run(keras.callbacks.Callback):
             self._begin_tables()
         return self.first
 
-    def _check_config(self) -> None:
-        path = self.directory / "config.json"
-        if path.exists():
-            kept = {**self.defaults, **json.loads(path.read_text(encoding="utf-8"))}
-            names = sorted({*kept, *self.config} - set(MAY_CHANGE))
-            other = [name for name in names if kept.get(name) != self.config.get(name)]
-            if other:
-                said = ", ".join(f"{name}={self.config.get(name)!r} (was {kept.get(name)!r})" for name in other)
-                raise ValueError(f"A run must go on as it began, or in another directory. Received: {said}.")
-        elif self.directory.exists() and any(each.name != "config.tmp" for each in self.directory.iterdir()):
-            raise ValueError(f"A run's directory must be new, empty, or a run's. Received: {self.directory}.")
+    def _begin(self) -> None:
+        check_config(self.directory, self.config, self.defaults)
         if is_first_process():
             self.directory.mkdir(parents=True, exist_ok=True)
+            path = self.directory / "config.json"
             aside = path.with_suffix(".tmp")
             aside.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             aside.replace(path)
@@ -315,6 +307,24 @@ class Run(keras.callbacks.Callback):
         _append(path, header + new, [[self.step, *(row.get(name, "") for name in [*header[1:], *new])]])
         if self._events:
             self._events.write(row, self.step)
+
+
+def check_config(directory: pathlib.Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses a directory that is not new, nor of a run with this configuration; arguments are `Run`'s.
+
+    Raises:
+        ValueError: with the names that differ, or that the directory is no run's.
+    """
+    path = directory / "config.json"
+    if path.exists():
+        kept = {**defaults, **json.loads(path.read_text(encoding="utf-8"))}
+        names = sorted({*kept, *config} - set(MAY_CHANGE))
+        other = [name for name in names if kept.get(name) != config.get(name)]
+        if other:
+            said = ", ".join(f"{name}={config.get(name)!r} (was {kept.get(name)!r})" for name in other)
+            raise ValueError(f"A run must go on as it began, or in another directory. Received: {said}.")
+    elif directory.exists() and any(each.name != "config.tmp" for each in directory.iterdir()):
+        raise ValueError(f"A run's directory must be new, empty, or a run's. Received: {directory}.")
 
 
 def _step_of(path: pathlib.Path) -> int:
