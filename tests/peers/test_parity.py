@@ -18,9 +18,11 @@ from reference import GUIDANCE_SCALE, NOISY, NUM_STEPS, PROMPTS, SAMPLERS, TEXTS
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import latentdiff as ld  # noqa: E402
-from latentdiff.backend import to_numpy  # noqa: E402
+from latentdiff import fused  # noqa: E402
+from latentdiff.backend import Compiled, to_numpy  # noqa: E402
 from latentdiff.checkpoints.diffusers import KINDS  # noqa: E402
 from latentdiff.checkpoints.sources import open_source  # noqa: E402
+from latentdiff.models import attention  # noqa: E402
 from latentdiff.models.tokenizer import TruncationWarning  # noqa: E402
 from latentdiff.presets import named_variables  # noqa: E402
 
@@ -109,6 +111,26 @@ def test_encoded_image_is_equal(size, ours, theirs):
 def test_decoded_latent_is_equal(size, ours, theirs):
     latent = np.random.default_rng(4).standard_normal((2, *size, 4)).astype("float32")
     assert_close(ours.autoencoder.decode(latent), reference.decoded(theirs.vae, latent))
+
+
+@pytest.fixture
+def as_if_large(monkeypatch):
+    """What large arrays alone are computed by: fused passes, and attention to some queries at a time."""
+    monkeypatch.setattr(fused, "LARGE", 1)
+    monkeypatch.setattr(attention, "SCORES", 256)
+    monkeypatch.setattr(attention, "FEWEST", 2)
+
+
+def test_networks_are_equal_in_the_graphs_that_large_pictures_have(as_if_large, ours, theirs):
+    rng = np.random.default_rng(5)
+    x_t, timestep = rng.standard_normal((2, 8, 12, 4)).astype("float32"), np.array([3, 800], "float32")
+    context = reference.context(theirs, reference.tokens(theirs, PROMPTS[:2]))
+    decode = Compiled(ours.autoencoder.decode, [ours.autoencoder])
+    unet = Compiled(lambda x, t, c: ours.unet({"latent": x, "timestep": t, "context": c}), [ours.unet])
+    assert_close(unet(x_t, timestep, context), reference.unet_output(theirs.unet, x_t, timestep, context))
+    assert_close(decode(x_t), reference.decoded(theirs.vae, x_t))
+    definition = str(unet._run.get_concrete_function(x_t, timestep, context).graph.as_graph_def())
+    assert definition.count("_XlaMustCompile") > 10 and definition.count('op: "Softmax"') > 10
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
