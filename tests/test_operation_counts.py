@@ -13,6 +13,8 @@ import pytest
 import tiny_models
 from tiny_models import AUTOENCODER, LATENT, TEXT_ENCODER, UNET
 
+from latentdiff import fused
+from latentdiff.backend import Compiled
 from latentdiff.models.layers import conv
 from latentdiff.models.unet import UNet
 
@@ -21,6 +23,7 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf
 
+LARGE = fused.LARGE
 TOKENS = 77
 HEIGHT, WIDTH = 8, 16
 BATCH = 2
@@ -245,6 +248,21 @@ def test_guided_step_adds_few_passes_over_the_latent_to_one_unet(tiny_pipe, unet
     assert counted(graph, PRODUCTS) == counted(unet_graph, PRODUCTS)
     size = HEIGHT * WIDTH * LATENT[-1]
     assert BATCH * (passes(graph)[0] - passes(unet_graph)[0]) <= (2 + 2 + 3 + 7 + 7 + 3 + 7 + 4 * 7 + 4) * size
+
+
+@pytest.mark.parametrize(("dtype", "large"), [("float32", LARGE), ("float32", 1), ("bfloat16", 1)])
+def test_graph_that_runs_here_has_the_products_of_the_one_that_is_exported(dtype, large, monkeypatch):
+    """Whether its passes are fused, where arrays are large, or traced once for each shape; and one pass for each."""
+    monkeypatch.setattr(fused, "LARGE", large)
+    unet = tiny_models.make(UNet, UNET, dtype=dtype)
+    exported = graph_of(call_unet(unet), *UNET_SHAPES)
+    run = Compiled(call_unet(unet), [unet])._run.get_concrete_function(*map(tf.TensorSpec, UNET_SHAPES)).graph
+    assert multiply_adds(run) == multiply_adds(exported)
+    passes = [op for op in operations(run) if op.type in ("PartitionedCall", "StatefulPartitionedCall")]
+    norms, gates = counted(exported, {"Rsqrt"})["Rsqrt"], counted(exported, {"Erf", "Erfc"}).total()
+    group_norms = norms - 3 * gates  # a transformer block has three layer norms and a gate
+    assert len(passes) == norms + gates + group_norms * (large == 1)  # whose sums and sizes are two passes
+    assert not counted(run, {"Rsqrt"})
 
 
 def test_no_weight_is_cast_in_a_network_that_holds_bfloat16():
