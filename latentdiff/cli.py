@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from latentdiff import __version__, commands, commands_training
+from latentdiff import __version__, commands, commands_evaluation, commands_training
 from latentdiff.arguments import level, number, text, whole
 from latentdiff.catalogue import preset_names, resolve_preset
 from latentdiff.checkpoints.diffusers_scheduler import PREDICTIONS, SAMPLER_CLASSES
@@ -103,7 +103,7 @@ def _parser() -> _Parser:
     commands.add_info(chosen)
     commands.add_export(chosen)
     commands_training.add_train(chosen)
-    commands_training.add_evaluate(chosen)
+    commands_evaluation.add_evaluate(chosen)
 
     generate = chosen.add_parser(
         "generate",

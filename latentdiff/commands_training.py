@@ -1,4 +1,4 @@
-"""The commands `latentdiff train` and `latentdiff evaluate`: their arguments, checked before Keras is imported."""
+"""The command `latentdiff train`: its arguments, checked before Keras is imported."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ import shutil
 import typing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from latentdiff.arguments import number, whole
-from latentdiff.catalogue import resolve_preset
-from latentdiff.checkpoints.files import read_json
-from latentdiff.checkpoints.sources import open_source
 from latentdiff.extras import require
 from latentdiff.training_config import KINDS, Config, field_types, read_config
 
@@ -46,83 +41,6 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         add("--progress", action=argparse.BooleanOptionalAction, default=True, help="show a bar; default: yes")
         for name, type_ in field_types(kind).items():
             add(f"--{name.replace('_', '-')}", **_option(type_))
-
-
-def add_evaluate(commands: argparse._SubParsersAction) -> None:
-    """Adds `latentdiff evaluate MODEL --data SOURCE --output DIR`, and `latentdiff evaluate RUN`."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="judge a model on captioned pictures",
-        description="Writes a report: how well pictures come back from their latents, the loss by t, whether a caption "
-        "gives its own picture, and a sheet of prompts.",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=_evaluate)
-    add = parser.add_argument
-    add("model", help="a model directory, a shipped model's name, or the directory of a run of `train diffusion`")
-    add("--data", nargs="+", metavar="SOURCE", help="folders of captioned pictures, or shards; default: the run's own")
-    add("--output", type=Path, metavar="DIR", help="of the report; new; default: the run's, and `report` in it")
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="a prompt a line, rows of the sheet; default: the run's or captions",
-    )
-    add("--count", type=whole(1), default=100, metavar="N", help="pictures that are judged; default: 100")
-    add("--size", type=int, metavar="N", help="of the pictures, in pixels; default: the model's own")
-    add("--num-steps", type=whole(1), default=25, metavar="N", help="of the drawings; default: 25")
-    add("--guidance-scale", type=number, default=5.0, metavar="X", help="of the drawings; default: 5")
-    add("--seed", type=int, default=0, metavar="N", help="of the drawings; default: 0")
-    add("--batch-size", type=whole(1), default=16, metavar="N", help="pictures at a time; default: 16")
-    add("--progress", action=argparse.BooleanOptionalAction, default=True, help="tell each part; default: yes")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    require("This", ["grain"], "data")
-    require("This", ["matplotlib"], "evaluate")
-    model, defaults = _run_or_model(options.model)
-    data, output, size = (getattr(options, name) or defaults.get(name) for name in ("data", "output", "size"))
-    if not data or not output:
-        raise ValueError(f"--data and --output must be given, but for a run's directory. Received: {options.model!r}.")
-    output = Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"A report's directory must be new. Received: {output}.")
-    prompts = defaults.get("prompts", [])
-    if options.prompts:
-        prompts = options.prompts.read_text(encoding="utf-8").splitlines()
-    model = resolve_preset(model)
-    open_source(model)  # so that what cannot be opened is told before Keras is imported
-
-    from latentdiff.cli import start_keras
-
-    start_keras()
-    from latentdiff.evaluation import evaluate
-
-    evaluate(
-        model,
-        data,
-        output,
-        prompts=[prompt for prompt in prompts if prompt.strip()],
-        count=options.count,
-        size=size,
-        num_steps=options.num_steps,
-        guidance_scale=options.guidance_scale,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        progress=options.progress,
-    )
-    print(output / "report.md")
-
-
-def _run_or_model(name: str) -> tuple[str, dict[str, Any]]:
-    """A model, and what the run that trained it says of data: of pictures that it was not trained on, where it can."""
-    run = Path(name)
-    if not ((run / "config.json").is_file() and (run / "model").is_dir()):
-        return name, {}
-    config = read_json(run / "config.json")
-    data = config.get("validation_data") or config.get("data")
-    known = {"data": data, "size": config.get("size"), "prompts": config.get("prompts", [])}
-    return str(run / "model"), {**known, "output": run / "report"}
 
 
 def _option(type_) -> dict:

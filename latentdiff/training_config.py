@@ -9,6 +9,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from latentdiff.checkpoints.files import read_json
+
 HISTORY = 256  # batches whose losses a model remembers
 
 
@@ -253,6 +255,18 @@ def read_config(kind: str, path: str | Path | None, overrides: Mapping[str, Any]
     if missing:
         raise ValueError(f"A configuration must have {', '.join(f'`{name}`' for name in missing)}.")
     return KINDS[kind](**values)
+
+
+def run_config(kind: str, directory: str | Path) -> Config:
+    """A run's configuration, from its directory; names that are newer than the run are what they are by default.
+
+    Raises:
+        ValueError: `config.json` is not that of a run of this kind.
+        FileNotFoundError: there is none.
+    """
+    known = field_types(kind)
+    kept = read_json(Path(directory) / "config.json")
+    return read_config(kind, None, {name: value for name, value in kept.items() if name in known})
 
 
 def field_types(kind: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""What a model is worth: how well pictures come back, the loss by t, and whether a prompt gives its own picture."""
+"""What a model is worth, by its kind: an autoencoder, a CLIP pair, or a pipeline of latent diffusion."""
 
-from latentdiff.evaluation.report import evaluate
+from latentdiff.evaluation.pictures import Pictures, pictures_of_run, pictures_of_sources
+from latentdiff.evaluation.report import Drawing, evaluate
 
-__all__ = ["evaluate"]
+__all__ = ["Drawing", "Pictures", "evaluate", "pictures_of_run", "pictures_of_sources"]
