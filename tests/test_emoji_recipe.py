@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "emoji"))
 
 import captions  # noqa: E402
 import fetch  # noqa: E402
+import hands  # noqa: E402
 import judge_emoji  # noqa: E402
 import records  # noqa: E402
 import render  # noqa: E402
@@ -320,6 +321,26 @@ def test_the_judge_finds_the_gallery_in_itself(built, capsys):
         "held out     1 pictures: nearest 1.000, in five 1.000, style 1.000, median rank 0",
         "seen        18 pictures: nearest 1.000, in five 1.000, style 1.000, median rank 0",
     ]
+
+
+def test_a_hand_is_told_by_its_other_drawings_where_the_same_emoji_by_others_may_not_be_found(tmp_path, capsys):
+    """Hands that differ in colour alone: the same emoji by another hand has all of its gradients."""
+    rng = np.random.default_rng(0)
+    shades = {"noto": (255, 90, 90), "twemoji": (90, 255, 90), "fluent": (90, 90, 255)}
+    for one in ("1f44b", "1f345", "1f3e0", "2764"):
+        shape = np.kron(rng.integers(0, 2, (16, 16, 1)), np.ones((8, 8, 1)))
+        for hand, shade in shades.items():
+            for folder, colour in (("gallery", shade), ("drawn", shades["noto"])):
+                (tmp_path / folder / hand).mkdir(parents=True, exist_ok=True)
+                picture = Image.fromarray((255 - shape * (255 - np.array(colour))).astype("uint8"))
+                picture.save(tmp_path / folder / hand / f"{one}.png")
+    assert hands.main(tmp_path / "gallery", tmp_path / "drawn") == {
+        "true, all but its own picture": 0.0,
+        "true, other emoji": 1.0,
+        "drawn, all but its own picture": 0.0,
+        "drawn, other emoji": 0.0,
+    }
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 # Captions
