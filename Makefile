@@ -34,7 +34,7 @@ INSTALL := $(PIP) install --quiet --constraint requirements.txt
 # The same tests run on JAX, less those that touch no array, that of the benchmarks, which measure TensorFlow, and that of
 # the command that trains, whose trainings and runs have tests of their own.
 NO_ARRAYS := architecture benchmarks cli cli_export data data_images data_order diffusers_directories \
-	diffusers_scheduler emoji_recipe evaluation export_tokenizer hub kerascv key_map mutated_files packaging pictures \
+	diffusers_scheduler emoji_recipe evaluation export_tokenizer hub kerascv key_map mutated_files packaging pictures recipes \
 	safetensors_files schedule tokenizer train_command
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
