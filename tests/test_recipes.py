@@ -207,18 +207,18 @@ def moves(optimizer, gradients):
 
 
 def optimizer_of(**values):
-    plain = {"data": ["x"], "steps": 20, "learning_rate": 0.1, "warmup": 4, "decay": 0.4, "weight_decay": 0}
+    plain = {"data": ["x"], "steps": 20, "learning_rate": 0.1, "warmup": 4, "decay": 0.5, "weight_decay": 0}
     return make_optimizer(read_config("autoencoder", None, {**plain, **values}))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_rate_is_told_the_updates(name, accumulation):
-    """Adam's step under a gradient that stays the same is the rate: up in 4 updates, and down in the last 40 %."""
+    """Adam's step under a gradient that stays the same is the rate: up in 4 updates, and down in the last half."""
     found = moves(optimizer_of(optimizer=name, gradient_accumulation_steps=accumulation), [2.0] * 20)
     updates = 20 // accumulation
     n = np.arange(updates)
-    expected = 0.1 * np.minimum(1, (n + 1) / 4) * np.clip((updates - n) / (0.4 * updates), 0, 1)
+    expected = 0.1 * np.minimum(1, (n + 1) / 4) * np.clip((updates - n) / (0.5 * updates), 0, 1)
     assert np.ptp(expected) > 0.07
     np.testing.assert_allclose(found[accumulation - 1 :: accumulation], expected, rtol=1e-3)
     if accumulation > 1:
