@@ -35,7 +35,7 @@ INSTALL := $(PIP) install --quiet --constraint requirements.txt
 # the command that trains, whose trainings and runs have tests of their own.
 NO_ARRAYS := architecture benchmarks cli cli_export data data_images data_order diffusers_directories \
 	diffusers_scheduler emoji_recipe evaluation export_tokenizer hub kerascv key_map mutated_files packaging pictures \
-	safetensors_files schedule tokenizer train_command
+	recipes safetensors_files schedule tokenizer train_command
 JAX_IGNORES := $(foreach name,$(NO_ARRAYS),--ignore=tests/test_$(name).py)
 
 # A process for each core, since tracing and compiling keep to one, and one thread in each; what shares models stays

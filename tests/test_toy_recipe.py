@@ -1,5 +1,6 @@
-"""The README's toy recipe as it is typed: pictures, an autoencoder, latent diffusion, a report, and a picture."""
+"""The README's toy recipe as it is typed: pictures, an autoencoder, latent diffusion, a report; and the CLIP pair's."""
 
+import csv
 import os
 import re
 import shlex
@@ -32,9 +33,18 @@ def folder(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert len(commands) == 5
+    first, _ = (ROOT / "scripts" / "toy_clip.toml").read_text(encoding="utf-8").split("\n", 1)
+    commands.append(shlex.split(first.removeprefix("#")))
+    assert commands[-1] == "latentdiff train clip --config scripts/toy_clip.toml --output runs/toy_clip".split()
     for program, *arguments in commands:
         done = subprocess.run(
-            [*programs[program], *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            [*programs[program], *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -62,3 +72,11 @@ def test_the_report_tells_what_the_training_reached(folder):
     assert 0 < figure(report, "loss on fixed noise") < 0.5  # of 1, which says nothing
     named = re.findall(r"\((\w+\.png)\)", report)
     assert len(named) == 5 and all((directory / name).is_file() for name in named)
+
+
+def test_captions_are_told_from_one_another(folder):
+    with (folder / "runs" / "toy_clip" / "losses.csv").open(newline="", encoding="utf-8") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 200
+    first, last = np.mean(losses[:10]), np.mean(losses[-10:])
+    assert first > 2 and last < 0.75 * first, (first, last)  # log 12 = 2.5 where all of a batch are alike
