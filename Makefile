@@ -4,7 +4,8 @@
 #   make test                                    the tests, on TensorFlow and on JAX
 #   make lint                                    ruff and pyright
 #   make peers                                   the comparison with diffusers, transformers, KerasCV (needs torch)
-#   make bench                                   speed and memory side by side with them; BENCH="--size tiny" rehearses
+#   make bench                                   speed and memory side by side with them, plots in build/;
+#                                                BENCH="--size tiny" rehearses
 #   make serving                                 an export answers where tensorflow-cpu is all there is, no Keras
 #   make wheel                                   builds the wheel and generates from it in an empty directory
 
@@ -74,7 +75,7 @@ peers: $(VENV_PEERS)/.peers
 	KERAS_BACKEND=tensorflow $(VENV_PEERS)/bin/python $(PYTEST) tests/peers
 
 bench: $(VENV_PEERS)/.peers
-	$(VENV_PEERS)/bin/python -m benchmarks $(BENCH)
+	$(VENV_PEERS)/bin/python -m benchmarks --plots build $(BENCH)
 
 serving: $(VENV)/.run $(VENV_SERVING)/.serving
 	folder="$$(mktemp -d)"; trap 'rm -rf "$$folder"' EXIT; \

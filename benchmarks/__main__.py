@@ -29,8 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.plot:
         result = json.loads(Path(options.plot[0]).read_text(encoding="utf-8"))
-        for path in plots.draw(result, Path(options.plot[1])):
-            print(f"![{path.stem.replace('_', ' ')}]({path})")
+        options.plots = Path(options.plot[1])
     else:
         from benchmarks.measure import Measurement
 
@@ -40,6 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             options.work.mkdir(parents=True, exist_ok=True)
             result = Measurement(options, options.work).run()
+    if options.plots:
+        for path in plots.draw(result, options.plots):
+            print(f"![{path.stem.replace('_', ' ')}]({path})")
     print(report.table(result))
 
 
@@ -65,7 +67,8 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=1800, help="seconds that a system may take to answer; default: 1800")
     add("--work", type=Path, help="a folder that keeps the models, 9 GB for sd15; default: one that is removed")
     add("--output", type=Path, help="JSON; default: peers-SIZE.json in benchmarks/results/")
-    add("--plot", nargs=2, metavar=("JSON", "FOLDER"), help="draws the plots of a run, and prints its table")
+    add("--plots", type=Path, metavar="FOLDER", help="where the plots of this run are drawn; default: nowhere")
+    add("--plot", nargs=2, metavar=("JSON", "FOLDER"), help="draws the plots of an earlier run, and prints its table")
     options = parser.parse_args(arguments)
     for name in ("repetitions", "cold_repetitions", "num_steps", "threads"):
         if getattr(options, name) < 1:

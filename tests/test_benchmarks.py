@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,6 +177,18 @@ def test_difference_is_relative_for_numbers_and_grey_levels_for_pictures():
     assert difference(np.array([1.0, -4.0]), np.array([1.5, -5.0])) == {"relative": 0.2}
     ours, theirs = np.array([0, 255], "uint8"), np.array([4, 253], "uint8")
     assert difference(ours, theirs) == {"grey_levels": 3.0}
+
+
+def test_a_run_draws_its_plots(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks import __main__ as command
+    from benchmarks import measure
+
+    done = SimpleNamespace(run=lambda: result(runs_of("text float32", "latentdiff", [1.0, 1.1])))
+    monkeypatch.setattr(measure, "Measurement", lambda options, folder: done)
+    command.main(["--size", "tiny", "--plots", str(tmp_path / "drawn")])
+    assert (tmp_path / "drawn" / "benchmark_speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "benchmark_speed.png" in capsys.readouterr().out
 
 
 def test_plots_are_drawn(tmp_path):

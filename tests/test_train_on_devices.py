@@ -121,6 +121,11 @@ def assert_same_run(folder, run, expected):
     checked = [
         [float(row["val_loss"]) for row in rows(each, "metrics.csv") if row["val_loss"]] for each in (run, expected)
     ]
+    by_t = [
+        [float(row[f"loss_t{i}"]) for row in rows(each, "metrics.csv") for i in range(4)] for each in (run, expected)
+    ]
+    assert len(by_t[0]) == 4 * STEPS
+    np.testing.assert_allclose(by_t[0], by_t[1], rtol=1e-4)
     assert len(checked[1]) == 1
     np.testing.assert_allclose(checked[0], checked[1], rtol=1e-4)
     # Adam makes a whole step of a gradient's rounding, so that single weights may differ.

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from latentdiff.backend import gather_replicas
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.process import GaussianDiffusion
 from latentdiff.training.step import TrainingModel
@@ -115,7 +116,9 @@ class DiffusionTraining(TrainingModel):
         """The mean of what `call` gives, each item's by its weight; also keeps the losses by t."""
         losses, t = y_pred["loss"], y_pred["t"]
         bins = len(self.by_t)
-        place = (t - 1) * bins // self.diffusion.schedule.T
+        # Of all replicas, since a mean of their means would count a bin that one of them has none of.
+        everywhere, t_everywhere, _ = gather_replicas(losses, t)
+        place = (t_everywhere - 1) * bins // self.diffusion.schedule.T
         for i, metric in enumerate(self.by_t):
-            metric.update_state(losses, sample_weight=ops.cast(place == i, "float32"))
+            metric.update_state(everywhere, sample_weight=ops.cast(place == i, "float32"))
         return self.finish_loss(losses * ops.cast(x["weight"], "float32") if "weight" in x else losses)
