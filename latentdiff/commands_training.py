@@ -89,7 +89,7 @@ def _rehearse(config: Config, options: argparse.Namespace) -> None:
 
     aside = options.output.with_name(f".{options.output.name}-rehearsal")
     shutil.rmtree(aside, ignore_errors=True)
-    changes: dict[str, Any] = {"steps": options.max_steps, "checkpoint_every": options.max_steps, "log_every": 1}
+    changes: dict[str, typing.Any] = {"steps": options.max_steps, "checkpoint_every": options.max_steps, "log_every": 1}
     if options.kind == "diffusion":
         changes["cache"] = ""  # a whole one stays as it is
     try:
