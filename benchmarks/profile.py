@@ -1,6 +1,6 @@
 """Where the time of our own goes on a CPU: the seconds of each kind of TensorFlow's operations, within one call.
 
-Beside it the least that its products could take: their multiply-adds, at the rate of one large product of matrices.
+Beside it what its products take alone, each computed again and again with its operands in the cache.
 
     python -m benchmarks.profile --tasks unet decode train --dtype bfloat16
 
@@ -27,7 +27,6 @@ from benchmarks.systems import Job
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("unet", "decode", "train")
 CALLS = 5
-LARGE = 4096  # rows and columns of the product that the rate is taken of
 # Words in an operation's name, the first of which decides.
 KINDS = {
     "BatchMatMul": "attention's products",
@@ -59,7 +58,7 @@ def measure(task: str, job: Job) -> dict[str, Any]:
     for name, seconds in each.items():
         kinds[kind_of(name)] += seconds
     rest = {name: round(seconds, 4) for name, seconds in each.items() if kind_of(name) == REST and seconds >= 0.01}
-    floor = {} if task == "train" else {"floor": least(getattr(Asker(job), f"{task}_and_arrays")(), job.case.dtype)}
+    floor = {} if task == "train" else {"floor": least(getattr(Asker(job), f"{task}_and_arrays")())}
     return {
         "wall_s": took["wall_s"] / CALLS / steps,
         "kinds": {kind: round(seconds, 4) for kind, seconds in kinds.most_common()},
@@ -68,30 +67,51 @@ def measure(task: str, job: Job) -> dict[str, Any]:
     }
 
 
-def least(work: tuple[Callable, list[Any], list[Any]], dtype: str) -> dict[str, float]:
-    """The multiply-adds of a function's products, their rate a second in a large product, and the seconds of both."""
+def least(work: tuple[Callable, list[Any], list[Any]]) -> dict[str, float]:
+    """The multiply-adds of a function's products, and the seconds of the products alone, each of them by itself."""
     import tensorflow as tf
 
     function, _, arrays = work
     specs = [tf.TensorSpec(array.shape, array.dtype) for array in arrays]
-    count = multiply_adds(tf.function(function, autograph=False).get_concrete_function(*specs).graph)
-    large = tf.ones((LARGE, LARGE), dtype)
-    product = tf.function(tf.matmul, autograph=False)
-    product(large, large)
-    took = min(machine.timed(lambda: product(large, large))[1]["wall_s"] for _ in range(CALLS))
-    rate = LARGE**3 / took
-    return {"multiply_adds": count, "multiply_adds_per_s": rate, "seconds": count / rate}
+    graph = tf.function(function, autograph=False).get_concrete_function(*specs).graph
+    kinds: dict[tuple, list[Any]] = {}
+    for operation in products(graph):
+        kinds.setdefault(_kind_of_product(operation), []).append(operation)
+    seconds = sum(len(equal) * _alone(equal[0]) for equal in kinds.values())
+    return {"multiply_adds": sum(map(multiply_adds, products(graph))), "seconds": seconds}
 
 
-def multiply_adds(graph: Any) -> int:
-    """Of all products in a graph whose shapes are known."""
-    found = 0
-    for operation in graph.get_operations():
-        if operation.type in ("Conv2D", "MatMul", "BatchMatMulV2"):
-            taken, factor = (tensor.shape.as_list() for tensor in operation.inputs)
-            inner = factor[0] * factor[1] * factor[2] if operation.type == "Conv2D" else taken[-1]
-            found += operation.outputs[0].shape.num_elements() * inner
-    return found
+def products(graph: Any) -> list[Any]:
+    """The products of matrices and the convolutions of a graph."""
+    return [each for each in graph.get_operations() if each.type in ("Conv2D", "MatMul", "BatchMatMulV2")]
+
+
+def multiply_adds(product: Any) -> int:
+    """Of one product whose shapes are known."""
+    taken, factor = (tensor.shape.as_list() for tensor in product.inputs)
+    inner = factor[0] * factor[1] * factor[2] if product.type == "Conv2D" else taken[-1]
+    return product.outputs[0].shape.num_elements() * inner
+
+
+def _kind_of_product(product: Any) -> tuple:
+    shapes = tuple(tuple(tensor.shape.as_list()) for tensor in product.inputs)
+    return product.type, shapes, str(_options(product))
+
+
+def _options(product: Any) -> dict[str, Any]:
+    return {each.name: product.get_attr(each.name) for each in product.op_def.attr if each.type != "type"}
+
+
+def _alone(product: Any) -> float:
+    """The fewest seconds of an operation that is computed again and again, and nothing else."""
+    import tensorflow as tf
+
+    names = [argument.name for argument in product.op_def.input_arg]
+    operation, options = getattr(tf.raw_ops, product.type), _options(product)
+    compute = tf.function(lambda *arrays: operation(**dict(zip(names, arrays, strict=True)), **options))
+    arrays = [tf.cast(tf.random.normal(tensor.shape), tensor.dtype) for tensor in product.inputs]
+    compute(*arrays)
+    return min(machine.timed(lambda: compute(*arrays))[1]["wall_s"] for _ in range(CALLS))
 
 
 def _call(task: str, job: Job) -> tuple[Callable[[], Any], int]:
@@ -133,8 +153,8 @@ def table(task: str, found: dict[str, Any]) -> str:
     lines = [f"{task}: {found['wall_s']:.2f} s; seconds of operations:"]
     lines += [f"  {kind:24s}{seconds:8.3f}" for kind, seconds in found["kinds"].items()]
     if floor := found.get("floor"):
-        said = "{:.3f} T multiply-adds at {:.3f} T a second".format(*(floor[n] / 1e12 for n in list(floor)[:2]))
-        lines.append(f"  all products as one large one: {floor['seconds']:.3f} s ({said})")
+        count = floor["multiply_adds"] / 1e12
+        lines.append(f"  products alone, each by itself: {floor['seconds']:.3f} s ({count:.3f} T multiply-adds)")
     return "\n".join([*lines, "  of the rest: " + ", ".join(f"{name} {s:.3f}" for name, s in found["rest"].items())])
 
 

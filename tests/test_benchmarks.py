@@ -249,9 +249,7 @@ def test_profile_finds_operations_of_each_kind(tiny):
     assert {"convolutions", "products of matrices", "softmax"} <= found["kinds"].keys()
     assert all(0 < seconds for seconds in found["kinds"].values()) and found["wall_s"] > 0
     assert not any("function" in name for name in found["rest"])
-    floor = found["floor"]
-    assert floor["multiply_adds"] > 1e5 and floor["multiply_adds_per_s"] > 1e9
-    assert 0 < floor["seconds"] == pytest.approx(floor["multiply_adds"] / floor["multiply_adds_per_s"], rel=1e-6)
+    assert found["floor"]["multiply_adds"] > 1e5 and 0 < found["floor"]["seconds"] < 1
 
 
 def test_start_is_the_sum_of_its_stages(tmp_path):
@@ -271,7 +269,10 @@ def test_products_are_counted(dtype, columns):
         return tf.matmul(tf.reshape(y, (2, 42, 8)), tf.ones((2, 8, columns), dtype)) @ tf.ones((columns, 1), dtype)
 
     graph = tf.function(function).get_concrete_function(tf.TensorSpec((2, 6, 7, 4), dtype)).graph
-    assert profile.multiply_adds(graph) == 84 * 36 * 8 + 84 * 8 * columns + 84 * columns
+    counts = [profile.multiply_adds(product) for product in profile.products(graph)]
+    assert counts == [84 * 36 * 8, 84 * 8 * columns, 84 * columns]
+    took = [profile._alone(product) for product in profile.products(graph)]
+    assert len(took) == 3 and min(took) > 0
 
 
 def test_generation_is_rehearsed(tiny):
