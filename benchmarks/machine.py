@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
         "processor": processor.get("model name", platform.processor()),
         "flags": [flag for flag in FLAGS if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "memory_gib": round(int(memory.split()[0]) / 2**20, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -76,7 +76,7 @@ def has_bfloat16(described: dict[str, Any]) -> bool:
     return bool(described["gpus"] or {"avx512_bf16", "amx_bf16"} & set(described["flags"]))
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """NVIDIA's, by name."""
     if shutil.which("nvidia-smi") is None:
         return []

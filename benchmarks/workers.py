@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.systems import Job
+from benchmarks.systems import SYSTEMS, Job
 
 LOG_LINES = 3
 
@@ -43,7 +43,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=environment(job.threads),
+                env=environment(job.threads, SYSTEMS[job.system].backend),
                 cwd=Path(__file__).resolve().parents[1],
             )
         self.ready: dict[str, Any] = {}
@@ -121,11 +121,11 @@ class Worker:
         raise WorkerFailed(said.get("error") or f"{ended}: {log}")
 
 
-def environment(threads: int) -> dict[str, str]:
-    """The environment's variables of a worker: the same number of threads for every library."""
+def environment(threads: int, backend: str = "tensorflow") -> dict[str, str]:
+    """The environment's variables of a worker: Keras' backend, and the same number of threads for every library."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, "KERAS_BACKEND": "tensorflow", **quiet, **{name: str(threads) for name in names}}
+    return {**os.environ, "KERAS_BACKEND": backend, **quiet, **{name: str(threads) for name in names}}
 
 
 class Pool:

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import profile, report, start, weights, worker
+from benchmarks import machine, profile, report, start, weights, worker
 from benchmarks.__main__ import read_options
 from benchmarks.cases import SIZES, Case, make_cases
 from benchmarks.measure import difference
 from benchmarks.systems import SYSTEMS, Job, Measured
-from benchmarks.workers import Pool, WorkerFailed, interleaved
+from benchmarks.workers import Pool, WorkerFailed, environment, interleaved
 
 
 def test_command_line_is_read():
@@ -21,6 +21,17 @@ def test_command_line_is_read():
     assert options.dtypes == ["float32", "bfloat16"]
     assert options.systems == list(SYSTEMS)
     assert options.output.name == "peers-emoji.json"
+
+
+def test_jax_is_asked_where_there_is_a_gpu(monkeypatch):
+    case = Case("unet", "bfloat16", 512)
+    monkeypatch.setattr(machine, "gpus", list)
+    assert SYSTEMS["latentdiff-jax"].why_not(case, "sd15") == "no GPU"
+    assert SYSTEMS["latentdiff"].why_not(case, "sd15") is None
+    monkeypatch.setattr(machine, "gpus", lambda: ["one"])
+    assert SYSTEMS["latentdiff-jax"].why_not(case, "sd15") is None
+    assert environment(2, SYSTEMS["latentdiff-jax"].backend)["KERAS_BACKEND"] == "jax"
+    assert environment(2)["KERAS_BACKEND"] == "tensorflow"
 
 
 @pytest.mark.parametrize("wrong", [["--repetitions", "0"], ["--threads", "0"], ["--systems", "pytorch"]])

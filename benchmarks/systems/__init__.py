@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.cases import Case
 
 FORWARD = ("unet", "text", "decode", "generate", "start")
@@ -71,6 +72,8 @@ class System:
         sizes: of `cases.SIZES`.
         prepares: whether it makes files of the model first, in `Job.files`.
         peak: of its process, over that of the plainest.
+        backend: Keras' own.
+        on_gpu: whether it is asked on a machine with a GPU alone.
     """
 
     module: str
@@ -80,12 +83,16 @@ class System:
     sizes: tuple[str, ...] = ("tiny", "emoji", "sd15")
     prepares: bool = False
     peak: float = 1.0
+    backend: str = "tensorflow"
+    on_gpu: bool = False
 
     def why_not(self, case: Case, size: str) -> str | None:
         """Why it is not asked, or None."""
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
+        if self.on_gpu and not machine.gpus():
+            return "no GPU"
         if case.task not in self.tasks:
             return f"has no `{case.task}` here"
         if size not in self.sizes:
@@ -103,6 +110,8 @@ SYSTEMS = {
     "latentdiff-openvino": System(
         "ours", {"engine": "openvino"}, ("openvino",), ("unet", "generate", "start"), peak=1.5
     ),
+    # Where attention in half precision is one operation.
+    "latentdiff-jax": System("ours", packages=("jax",), backend="jax", on_gpu=True),
     "diffusers": System("theirs", packages=_TORCH, tasks=(*FORWARD, "train")),
     "diffusers-channels-last": System("theirs", {"channels_last": True}, _TORCH, (*FORWARD, "train")),
     "diffusers-compile": System("theirs", {"compiled": True}, _TORCH, FORWARD, peak=1.5),
