@@ -13,7 +13,7 @@ from benchmarks.systems import Job
 
 BATCHES = (1, 2, 3, 4)
 STEPS = (1, 2, 3, 4)
-CALLS, SETTLED = 200, 40  # calls in which memory may not grow, after those in which it settles
+CALLS, SETTLED = 200, 150  # calls in which memory may not grow, after those in which it settles
 
 
 def laws(job: Job, pipe: Any) -> Callable[[], dict[str, Any]]:
