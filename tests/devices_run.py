@@ -141,18 +141,19 @@ def small_autoencoder():
     autoencoder = tiny_models.make(Autoencoder, SMALL_AUTOENCODER, seed=3)
     discriminator = tiny_models.randomize(PatchDiscriminator(4, depth=1, groups=2), seed=4)
     model = AutoencoderTraining(autoencoder, discriminator=discriminator)
-    model.compile(optimizer=keras.optimizers.SGD(0.01), jit_compile=False)
+    model.compile(optimizer=keras.optimizers.SGD(0.01), jit_compile=keras.backend.backend() == "jax")
     model.fit(Fixed(*(tiny_models.numbers(4, 4, 4, 3, seed=k) for k in range(2))), shuffle=False, verbose=0)
     return said_of(model, model.last_losses(2))
 
 
 def on_eight_devices(directory):
-    cases = {"one": whole_toy(), "networks": small_networks()}
+    cases = {"one": whole_toy(), "networks": small_networks(), "autoencoder": small_autoencoder()}
     with distributed("data"):
         cases["data"] = resumed_toy(directory / "data")
     with distributed("model", (4, 2)):
         cases["model"] = resumed_toy(directory / "model")
         cases["networks_model"] = small_networks()
+        cases["autoencoder_model"] = small_autoencoder()
     return cases
 
 

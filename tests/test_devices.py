@@ -132,6 +132,12 @@ def test_networks_spread_over_devices_are_those_of_one(eight):
 
 
 @pytest.mark.slow
+@on_jax
+def test_autoencoder_and_discriminator_spread_over_devices_are_those_of_one(eight):
+    assert_equal(eight.autoencoder_model, eight.autoencoder)
+
+
+@pytest.mark.slow
 @on_tensorflow
 def test_two_replicas_are_one_through_a_checkpoint(replicas):
     assert_equal(replicas.mirrored, replicas.one)
