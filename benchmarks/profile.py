@@ -36,15 +36,14 @@ KINDS = {
     "ExecuteAsyncOnStream": "passes of XLA",
 }
 REST = "everything else"
+Work = tuple[Callable, list[Any], list[Any]]  # a function of arrays, the networks in it, and the arrays
 
 
 def measure(task: str, job: Job) -> dict[str, Any]:
     """The seconds of one call, and those of each kind of operation and of the longest of the rest."""
     import tensorflow as tf
 
-    from benchmarks.systems.ours import Asker
-
-    call, steps = _call(task, job)
+    call, steps, work = _call(task, job)
     call()
     _, took = machine.timed(lambda: [call() for _ in range(CALLS)])
     with tempfile.TemporaryDirectory() as folder:
@@ -58,16 +57,15 @@ def measure(task: str, job: Job) -> dict[str, Any]:
     for name, seconds in each.items():
         kinds[kind_of(name)] += seconds
     rest = {name: round(seconds, 4) for name, seconds in each.items() if kind_of(name) == REST and seconds >= 0.01}
-    floor = {} if task == "train" else {"floor": least(getattr(Asker(job), f"{task}_and_arrays")())}
     return {
         "wall_s": took["wall_s"] / CALLS / steps,
         "kinds": {kind: round(seconds, 4) for kind, seconds in kinds.most_common()},
         "rest": rest,
-        **floor,
+        **({"floor": least(work)} if work else {}),
     }
 
 
-def least(work: tuple[Callable, list[Any], list[Any]]) -> dict[str, float]:
+def least(work: Work) -> dict[str, float]:
     """The multiply-adds of a function's products, and the seconds of the products alone, each of them by itself."""
     import tensorflow as tf
 
@@ -114,15 +112,17 @@ def _alone(product: Any) -> float:
     return min(machine.timed(lambda: compute(*arrays))[1]["wall_s"] for _ in range(CALLS))
 
 
-def _call(task: str, job: Job) -> tuple[Callable[[], Any], int]:
-    """A function that computes, and how many of what is measured it makes."""
+def _call(task: str, job: Job) -> tuple[Callable[[], Any], int, Work | None]:
+    """A function that computes, how many of what is measured it makes, and of an evaluation alone what is called."""
     if task == "train":
         from benchmarks.systems import ours_training
 
-        return ours_training.fitting(job, epochs=1), ours_training.STEPS
+        return ours_training.fitting(job, epochs=1), ours_training.STEPS, None
     from benchmarks.systems.ours import Asker
 
-    return getattr(Asker(job), task)(), 1
+    asker = Asker(job)
+    work = getattr(asker, f"{task}_and_arrays")()
+    return asker.called(*work), 1, work
 
 
 def operations(folder: Path) -> Counter[str]:

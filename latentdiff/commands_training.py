@@ -70,16 +70,16 @@ def _train(options: argparse.Namespace) -> None:
     from latentdiff.cli import start_keras
 
     start_keras(find_devices=not config.hosts)
+    if options.max_steps is not None:
+        _rehearse(config, options)
+        return
     from latentdiff.training.recipe import train
 
-    if options.max_steps is None:
-        run = train(config, options.output, options.progress)
-        if run.step < config.steps:
-            print(f"stopped after step {run.step} of {config.steps}; the same command goes on")
-        else:
-            print(options.output / "model")
-        return
-    _rehearse(config, options)
+    run = train(config, options.output, options.progress)
+    if run.step < config.steps:
+        print(f"stopped after step {run.step} of {config.steps}; the same command goes on")
+    else:
+        print(options.output / "model")
 
 
 def _rehearse(config: Config, options: argparse.Namespace) -> None:

@@ -75,7 +75,7 @@ class TextToImage:
         else:
             self._encode = Compiled(parts.text_encoder, [parts.text_encoder])
             self._predict = None
-            self._decode = Compiled(lambda latent: _grey_levels(parts.autoencoder.decode(latent)), [parts.autoencoder])
+            self._decode = Compiled(lambda latent: grey_levels(parts.autoencoder.decode(latent)), [parts.autoencoder])
         self._decode_tiled = TiledDecoder(parts.autoencoder)
         self._normal = Compiled(self._noise, [])
         self._features = Compiled(self._deep_features, [parts.unet])
@@ -268,7 +268,7 @@ class TextToImage:
 
     def image(self, latent: Any) -> Any:
         """Scaled latents (B, h, w, c) -> images uint8 (B, H, W, 3), as tensors: the arrow's last part, uncompiled."""
-        return _grey_levels(self.autoencoder.decode(latent))
+        return grey_levels(self.autoencoder.decode(latent))
 
     def step_function(self, guided: bool, clip: float | None, shallow: bool = False) -> Compiled | StepAfter:
         """The compiled step; it serves every sampler, number of steps, scale and seed.
@@ -373,7 +373,7 @@ class TextToImage:
             yield begin
 
     def _decoded(self, latent: np.ndarray, tiled: bool) -> np.ndarray:
-        return to_numpy(_grey_levels(self._decode_tiled(latent)) if tiled else self._decode(latent), "uint8")
+        return to_numpy(grey_levels(self._decode_tiled(latent)) if tiled else self._decode(latent), "uint8")
 
     def _unet_after_embedding(self) -> keras.Model:
         unet = presets.in_policy(self.parts.unet, "float32")
@@ -382,12 +382,13 @@ class TextToImage:
 
     def _image_network(self) -> keras.Model:
         latent = keras.Input((None, None, self.parts.autoencoder.latent_channels), name="latent")
-        return keras.Model(latent, _grey_levels(presets.in_policy(self.parts.autoencoder, "float32").decode(latent)))
+        return keras.Model(latent, grey_levels(presets.in_policy(self.parts.autoencoder, "float32").decode(latent)))
 
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)
 
 
-def _grey_levels(image):
-    image = ops.cast(image, "float32")  # (B, H, W, 3) in [-1, 1]
+def grey_levels(image: Any) -> Any:
+    """uint8 of an image in [-1, 1], of any shape; what lies outside is cut off."""
+    image = ops.cast(image, "float32")
     return ops.cast(ops.round(ops.clip((image + 1) * 127.5, 0, 255)), "uint8")

@@ -13,6 +13,8 @@ LONGEST = [
     "test_serving",
     "test_devices",
     "test_cli_export",
+    "test_toy_recipe",
+    "test_train_on_devices",
     "test_fine_tuning",
     "test_parity",
     "test_kerascv",
@@ -47,6 +49,21 @@ def pytest_xdist_make_scheduler(config, log):
             return GROUPS.get(stem, stem)
 
     return ByGroup(config, log)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """A few steps of the smallest networks are done before TensorFlow has traced one."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.run_functions_eagerly(True)
+        yield
+        tf.config.run_functions_eagerly(False)
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,10 @@ from latentdiff.training.recipe import make_optimizer, make_recipe
 from latentdiff.training.run import Run
 from latentdiff.training_config import read_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config:UserWarning")  # by the fixture `eager`
+pytestmark = [
+    pytest.mark.usefixtures("eager"),
+    pytest.mark.filterwarnings("ignore:Even though the `tf.config:UserWarning"),  # by that fixture
+]
 
 SHARED = {"size": 16, "batch_size": 4, "validation": 0.3}
 PAIR = {
@@ -36,19 +39,6 @@ KILLED = {
     "--discriminator-start 1 --discriminator-width 4 --discriminator-depth 1",
     "diffusion": "--start start --flip --offset-noise 0.1",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    """A few steps of the smallest networks are done before TensorFlow has traced one."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.run_functions_eagerly(True)
-        yield
-        tf.config.run_functions_eagerly(False)
-    else:
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,10 @@ sys.path.insert(0, str(SCRIPTS))
 
 import toy_pictures  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # one picture is broken, as is said
+pytestmark = [
+    pytest.mark.usefixtures("eager"),
+    pytest.mark.filterwarnings("default::UserWarning"),  # one picture is broken, as is said
+]
 
 # The smallest of each; the toys of scripts/ are these with a little more of everything.
 SHARED = "--size 16 --batch-size 4 --validation 0.2 --warmup 1 --ema-decay 0.5 --log-every 2 --no-progress".split()
@@ -41,19 +44,6 @@ SIZES = {
     "diffusion": "--tokenizer emoji --width 8 --depth 1 --heads 2 --mlp-width 8 --channels 8 --attention true "
     "--unet-heads 2 --unet-groups 2 --num-steps 2",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    """A few steps of the smallest networks are done before TensorFlow has traced one."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.run_functions_eagerly(True)
-        yield
-        tf.config.run_functions_eagerly(False)
-    else:
-        yield
 
 
 @pytest.fixture(scope="module")

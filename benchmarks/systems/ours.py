@@ -33,7 +33,7 @@ class Asker:
         """Gives the prediction (2, h, w, c); on another engine the seconds of a guided step within `generate`."""
         if self.engine != "keras":
             return self._step()
-        return self._called(*self.unet_and_arrays())
+        return self.called(*self.unet_and_arrays())
 
     def unet_and_arrays(self) -> tuple[Callable, list[Any], list[np.ndarray]]:
         """A function of arrays, the networks in it, and the arrays."""
@@ -69,7 +69,7 @@ class Asker:
 
     def decode(self) -> Callable[[], np.ndarray]:
         """Gives the image (1, H, W, 3)."""
-        return self._called(*self.decode_and_arrays())
+        return self.called(*self.decode_and_arrays())
 
     def decode_and_arrays(self) -> tuple[Callable, list[Any], list[np.ndarray]]:
         """As `unet_and_arrays`."""
@@ -77,7 +77,8 @@ class Asker:
         return autoencoder.decode, [autoencoder], [weights.inputs(self.job.directory, self.job.case.pixels)["latent"]]
 
     @staticmethod
-    def _called(function: Callable, models: list[Any], arrays: list[np.ndarray]) -> Callable[[], np.ndarray]:
+    def called(function: Callable, models: list[Any], arrays: list[np.ndarray]) -> Callable[[], np.ndarray]:
+        """A compiled function, which gives an array."""
         run = Compiled(function, models)
         return lambda: to_numpy(run(*arrays), "float32")
 

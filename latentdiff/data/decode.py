@@ -77,6 +77,11 @@ def _cover(size: tuple[int, int], upright: tuple[int, int], zoom: float) -> floa
     return zoom * max(size[0] / upright[0], size[1] / upright[1])
 
 
+def in_model_range(pictures: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1], of any shape."""
+    return pictures.astype("float32") / 127.5 - 1
+
+
 def _open(content: bytes):
     """A picture whose header alone has been read."""
     file = io.BytesIO(content)

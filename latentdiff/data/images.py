@@ -11,7 +11,7 @@ import numpy as np
 
 from latentdiff.data.buckets import full_buckets
 from latentdiff.data.captions import SIDE_WORDS, names_side
-from latentdiff.data.decode import BrokenPicture, decode_crop
+from latentdiff.data.decode import BrokenPicture, decode_crop, in_model_range
 from latentdiff.data.draws import CROP_X, CROP_Y, FLIP, uniform
 from latentdiff.data.examples import Index
 from latentdiff.data.order import Order
@@ -178,7 +178,7 @@ class CaptionedImages(Steps):
             raise BrokenPicture(f"{rule}: {error}") from error
 
     def _batch(self, plan: Plan, pictures: list[np.ndarray]) -> Batch:
-        image = np.stack(pictures).astype("float32") / 127.5 - 1
+        image = in_model_range(np.stack(pictures))
         if not self.captions:
             return {"image": image}
         if self.tokenizer is None:

@@ -26,7 +26,7 @@ from latentdiff.data.buckets import full_buckets
 from latentdiff.data.cache import MANIFEST, SHARD_LENGTH, Cache, StaleCacheError
 from latentdiff.data.cache_key import digest_of, make_parts
 from latentdiff.data.captions import SIDE_WORDS, names_side
-from latentdiff.data.decode import decode_crop
+from latentdiff.data.decode import decode_crop, in_model_range
 from latentdiff.data.examples import Example, Index
 from latentdiff.data.sources import read_picture
 
@@ -198,7 +198,7 @@ def _latents(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = (np.stack(list(pool.map(picture, some))) for some in _batches(examples, batch_size))
-        return _whole(pictures, lambda image: encode(image.astype("float32") / 127.5 - 1), batch_size)
+        return _whole(pictures, lambda image: encode(in_model_range(image)), batch_size)
 
 
 def _texts(

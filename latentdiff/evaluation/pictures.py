@@ -80,11 +80,6 @@ def read_pictures(index: Index, size: int) -> np.ndarray:
     return np.stack([decode_crop(read_picture(example), (size, size)) for example in index])
 
 
-def in_model_range(pictures: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]."""
-    return pictures.astype("float32") / 127.5 - 1
-
-
 def check_size(size: int, multiple: int) -> None:
     """Checks that pictures of a size can be judged.
 

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from latentdiff.backend import Compiled, psnr_and_ssim, to_numpy
-from latentdiff.evaluation.pictures import Pictures, check_size, in_model_range, read_pictures
+from latentdiff.data.decode import in_model_range
+from latentdiff.evaluation.pictures import Pictures, check_size, read_pictures
 from latentdiff.evaluation.plots import SHOWN, sheet
 from latentdiff.evaluation.report import Report
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.pipeline import grey_levels
 from latentdiff.presets import load_autoencoder
 
 
@@ -44,10 +46,9 @@ def come_back(autoencoder: Autoencoder, judged: np.ndarray, batch_size: int) -> 
 def through(autoencoder: Autoencoder, judged: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Scaled latents of pictures, uint8 (N, H, W, 3), and the pictures that they give back, of the same shape."""
     encode = Compiled(autoencoder.encode, [autoencoder])
-    decode = Compiled(autoencoder.decode, [autoencoder])
+    decode = Compiled(lambda latent: grey_levels(autoencoder.decode(latent)), [autoencoder])
     latents, back = [], []
     for i in range(0, len(judged), batch_size):
         latents.append(to_numpy(encode(in_model_range(judged[i : i + batch_size])), "float32"))
-        images = np.clip(to_numpy(decode(latents[-1]), "float32"), -1, 1)
-        back.append(np.round(127.5 * (images + 1)).astype("uint8"))
+        back.append(to_numpy(decode(latents[-1]), "uint8"))
     return np.concatenate(latents), np.concatenate(back)

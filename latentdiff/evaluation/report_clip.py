@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from latentdiff.backend import Compiled, to_numpy
-from latentdiff.evaluation.pictures import Pictures, in_model_range, read_pictures
+from latentdiff.data.decode import in_model_range
+from latentdiff.evaluation.pictures import Pictures, read_pictures
 from latentdiff.evaluation.plots import SHOWN, sheet
 from latentdiff.evaluation.report import Report
 from latentdiff.models.tokenizer import CLIPTokenizer

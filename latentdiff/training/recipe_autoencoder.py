@@ -9,6 +9,7 @@ import numpy as np
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.checkpoints.diffusers import write_component
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.pipeline import grey_levels
 from latentdiff.presets import HeldArrays, in_policy
 from latentdiff.training.autoencoder import AutoencoderTraining
 from latentdiff.training.discriminator import PatchDiscriminator
@@ -59,6 +60,6 @@ def autoencoder_recipe(config: AutoencoderConfig) -> Recipe:
 
     def sample() -> np.ndarray:
         pairs = np.concatenate([images, to_numpy(again(images), "float32")], axis=1)
-        return np.round(127.5 * (np.clip(pairs, -1, 1) + 1)).astype("uint8")
+        return to_numpy(grey_levels(pairs), "uint8")
 
     return Recipe(model, batches, validation, save, sample, given_by((index, held)))

@@ -21,6 +21,7 @@ from records import Record, read_index
 
 import latentdiff as ld
 from latentdiff.backend import to_numpy
+from latentdiff.data.decode import in_model_range
 from latentdiff.evaluation.retrieval import Gallery
 
 JUDGED = 500
@@ -36,7 +37,7 @@ def reconstructed(pipe: ld.TextToImage, images: np.ndarray) -> np.ndarray:
     """uint8 (B, H, W, 3) -> the same through the autoencoder."""
     parts = []
     for start in range(0, len(images), BATCH):
-        image = images[start : start + BATCH].astype("float32") / 127.5 - 1
+        image = in_model_range(images[start : start + BATCH])
         parts.append(to_numpy(pipe.image(pipe.autoencoder.encode(image))))
     return np.concatenate(parts)
 
