@@ -1,6 +1,7 @@
 """Where the time of our own goes on a CPU: the seconds of each kind of TensorFlow's operations, within one call.
 
-Beside it what its products take alone, each computed again and again with its operands in the cache.
+Beside it what its products take alone, each computed again and again with its operands in the cache; each call's own
+0.2 ms is in it, so that it says nothing of small networks.
 
     python -m benchmarks.profile --tasks unet decode train --dtype bfloat16
 
