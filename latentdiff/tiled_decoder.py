@@ -19,13 +19,15 @@ from keras import ops
 from latentdiff.backend import Compiled, to_numpy
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.layers import ResnetBlock
-from latentdiff.models.norms import GroupNorm
+from latentdiff.models.norms import GroupNorm, moments
 
 STRIP = 2**17  # pixels of the picture in a strip, about: an array of 128 channels in float32 has 64 MiB of them
 
 
 class TiledDecoder:
-    """An autoencoder's decoder that holds little at a time, and gives what the whole one gives up to rounding.
+    """An autoencoder's decoder that holds little at a time, and gives what the whole one gives.
+
+    By TensorFlow, with strips as large as they are by default, it is the same number by number; JAX rounds otherwise.
 
     Args:
         autoencoder: whose decoder it is, with the weights that it has at each call.
@@ -46,11 +48,7 @@ class TiledDecoder:
         first = decoder.get_layer("up_0_upsample" if levels > 1 else "norm_out")
         head = keras.Model(decoder.input, first.input)
 
-        def whole(latent):
-            x = head(autoencoder.unscale(latent))
-            return x, _sums(x, ops.ones((1, x.shape[1], 1), "float32"))
-
-        self._head = Compiled(whole, [head])
+        self._head = Compiled(lambda latent: head(autoencoder.unscale(latent)), [head])
         self._stages: list[_Convolution | _Resnet] = []
         for i in range(1, levels):
             self._stages.append(_Convolution(decoder.get_layer(f"up_{i - 1}_upsample"), doubles=True))
@@ -72,9 +70,9 @@ class TiledDecoder:
         rows = self._rows or max(1, STRIP // (width * self._factor**2))
         count = math.ceil(height / rows)
         rows = math.ceil(height / count)
-        x, sums = self._head(latent)  # (1, h, w, C)
+        x = self._head(latent)  # (1, h, w, C)
         x = ops.pad(x, ((0, 0), (0, count * rows - height), (0, 0), (0, 0)))
-        x = _Strips([x[:, i * rows : (i + 1) * rows] for i in range(count)], height, to_numpy(sums).astype("float64"))
+        x = _Strips([x[:, i * rows : (i + 1) * rows] for i in range(count)], height)
         for stage in self._stages:
             x = stage(x)
         return np.concatenate([to_numpy(strip, "float32") for strip in x.arrays], axis=1)[:, : x.height]
@@ -87,18 +85,10 @@ class _Strips:
     Attributes:
         arrays: (1, R, W, C) each; those that are used up are None.
         height: H.
-        sums: float64 (2, C) over all positions: of the values, and of their squares.
     """
 
     arrays: list[Any]
     height: int
-    sums: np.ndarray
-
-    def statistics(self, norm: GroupNorm) -> np.ndarray:
-        """Mean and variance of each group of the whole array: float32 (2, 1, G, 1)."""
-        moments = self.sums / (self.height * self.arrays[0].shape[2])  # (2, C)
-        mean, square = moments.reshape(2, norm.groups, -1).mean(axis=-1)
-        return np.stack([mean, np.maximum(square - mean**2, 0)])[:, None, :, None].astype("float32")
 
 
 class _Convolution:
@@ -107,10 +97,11 @@ class _Convolution:
     def __init__(self, layer: keras.layers.Layer, norm: GroupNorm | None = None, doubles: bool = False):
         self._layer, self._norm, self._scale = layer, norm, 2 if doubles else 1
         self._compiled = Compiled(self._strip, [layer] if norm is None else [layer, norm])
+        self._moments = Compiled(_moments, [])
 
     @property
     def traces(self) -> int:
-        return self._compiled.traces
+        return self._compiled.traces + self._moments.traces
 
     def __call__(self, x: _Strips, leave: Callable[[Any], Any] | None = None, added: _Strips | None = None) -> _Strips:
         """The strips of what comes out.
@@ -120,36 +111,39 @@ class _Convolution:
             leave: what is made of a strip of `x` in its place, rather than nothing.
             added: to what comes out; is used up.
         """
-        statistics = () if self._norm is None else (x.statistics(self._norm),)
+        statistics = () if self._norm is None else self._statistics(self._norm, x)
         before = x.arrays[0]
         rows = before.shape[1]
-        made, sums = [], np.zeros(())
+        made = []
         for i, this in enumerate(x.arrays):
             after = x.arrays[min(i + 1, len(x.arrays) - 1)]
             place = np.array([i * rows, x.height], "int32")
             others = () if added is None else (added.arrays[i],)
-            strip, part = self._compiled(before, this, after, place, *statistics, *others)
-            made.append(strip)
-            sums = sums + to_numpy(part).astype("float64")
+            made.append(self._compiled(before, this, after, place, *statistics, *others))
             x.arrays[i], before = leave and leave(this), this
             if added is not None:
                 added.arrays[i] = None
-        return _Strips(made, x.height * self._scale, sums)
+        return _Strips(made, x.height * self._scale)
+
+    def _statistics(self, norm: GroupNorm, x: _Strips):
+        """A norm's of the whole array, from the same sums as the whole decoder's, so that both round alike."""
+        parts = [ops.concatenate(moment, axis=1) for moment in zip(*map(self._moments, x.arrays), strict=True)]
+        rows = len(x.arrays) * x.arrays[0].shape[1]
+        return norm.statistics(*(moment[:, : moment.shape[1] // rows * x.height] for moment in parts))
 
     def _strip(self, before, this, after, place, *others):
-        """The strip of `this` and its sums, with a row of either neighbour; a strip without one has any beside it."""
+        """The strip of `this`, with a row of either neighbour; a strip without one has any beside it."""
         first, height = place[0], place[1]
         x = ops.concatenate([before[:, -1:], this, after[:, :1]], axis=1)
         if self._norm is not None:
-            statistics, *others = others
-            x = self._norm.normalize(x, statistics[0], statistics[1])
+            mean, inverse, *others = others
+            x = self._norm.normalize(x, mean, inverse)
         # Around the picture, and not around the strip, the convolution has zeros.
         x = ops.where(_inside(first - 1, x.shape[1], height)[..., None], x, ops.zeros((), x.dtype))
-        y = self._layer(x)[:, self._scale : -self._scale]
-        for other in others:
-            y = other + y
-        inside = _inside(first * self._scale, y.shape[1], height * self._scale)
-        return y, _sums(y, ops.cast(inside, "float32"))
+        y = self._layer(x)
+        for other in others:  # before the rows are cut, as TensorFlow may make one rounding of both
+            y = ops.pad(other, ((0, 0), (1, 1), (0, 0), (0, 0))) + y
+        return y[:, self._scale : -self._scale]
 
 
 class _Resnet:
@@ -175,8 +169,6 @@ def _inside(first, count: int, height):
     return ops.logical_and(rows >= 0, rows < height)[None, :, None]
 
 
-def _sums(x, inside):
-    """(1, R, W, C), and float32 (1, R, 1) for each row one or nought -> sums and sums of squares, float32 (2, C)."""
-    x = ops.cast(x, "float32")
-    both = ops.stack([ops.sum(x, axis=2), ops.sum(ops.square(x), axis=2)])  # (2, 1, R, C)
-    return ops.sum(both * inside, axis=(1, 2))
+def _moments(x):
+    """`moments` of (1, R, W, C), the parts in a row: float32 (1, n, C) each."""
+    return [ops.reshape(moment, (1, -1, x.shape[-1])) for moment in moments(x)]

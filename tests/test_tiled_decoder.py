@@ -3,10 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from tiny_models import AUTOENCODER, PICTURE, make, numbers, relative_error, run, to_numpy
+from tiny_models import AUTOENCODER, PICTURE, make, numbers, relative_error, run
 
 import latentdiff as ld
 from latentdiff import pipeline
+from latentdiff.backend import Compiled, to_numpy
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.tiled_decoder import TiledDecoder
 
@@ -28,7 +29,7 @@ def grey_levels(image):
 
 
 def whole(autoencoder):
-    return to_numpy(keras.ops.cast(run(autoencoder.decode, latents(), model=autoencoder), "float32"))
+    return to_numpy(run(autoencoder.decode, latents(), model=autoencoder), "float32")
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +57,18 @@ def test_strips_of_other_autoencoders_make_the_whole_picture(config):
     assert relative_error(TiledDecoder(autoencoder, 3)(latents()), whole(autoencoder)) < 1e-5
 
 
-def test_strips_in_bfloat16_are_as_near_to_float32_as_the_whole(autoencoder):
-    rounded = make(Autoencoder, AUTOENCODERS["three_levels"], dtype="bfloat16")
-    exact, single = whole(autoencoder), whole(rounded)
-    tiled = TiledDecoder(rounded, 3)(latents())
-    assert np.abs(tiled - exact).mean() < 1.1 * np.abs(single - exact).mean()
-    difference = np.abs(grey_levels(tiled) - grey_levels(single))
-    assert difference.mean() < 0.5
-    assert (difference > 2).mean() < 1e-2 and difference.max() <= 4
+@pytest.mark.parametrize(("size", "rows", "width"), [((7, 5), 3, 8), ((91, 75), 46, 64)])
+def test_strips_in_bfloat16_are_the_whole_picture_within_two_grey_levels(size, rows, width):
+    """The larger one by fused passes, on TensorFlow, over rows that are longer than what XLA sums at a time."""
+    rounded = make(Autoencoder, {**AUTOENCODER, "channels": (width, width)}, dtype="bfloat16")
+    latent = numbers(1, *size, 4) * np.linspace(0.1, 5, size[0], dtype="float32")[:, None, None]
+    single = grey_levels(to_numpy(Compiled(rounded.decode, [rounded])(latent), "float32"))
+    difference = np.abs(grey_levels(TiledDecoder(rounded, rows)(latent)) - single)
+    if keras.backend.backend() == "tensorflow":
+        assert (difference > 0).mean() < 1e-4 and difference.max() <= 2
+    else:  # XLA keeps float32 between operations that it fuses, which are others in strips
+        assert difference.max() <= 4 and (difference > 2).mean() < 1e-3
+    assert np.ptp(single) > 100
 
 
 def test_tiles_with_their_own_statistics_would_not_do(autoencoder):

@@ -46,9 +46,13 @@ class GroupNorm(keras.layers.GroupNormalization):
         """inputs: (B, ..., W, C) -> (B, ..., W, C)."""
         return _group_norm(self.groups, self.epsilon, self.swish, self.compute_dtype)(inputs, self.gamma, self.beta)
 
-    def normalize(self, x, mean, variance):
-        """x (B, ..., C), by statistics of its groups or of a larger array's, float32 (B, G, 1) -> (B, ..., C)."""
-        scale, offset = _per_channel(x, mean, ops.rsqrt(variance + self.epsilon), self.gamma, self.beta)
+    def statistics(self, mean, square):
+        """`moments` of parts of an array -> each group's mean, and its deviation's inverse: float32 (B, G, 1)."""
+        return _statistics(mean, square, self.groups, self.epsilon)
+
+    def normalize(self, x, mean, inverse):
+        """x (B, ..., C), by the `statistics` of it or of a larger array -> (B, ..., C)."""
+        scale, offset = _per_channel(x, mean, inverse, self.gamma, self.beta)
         return _scaled(self.compute_dtype, self.swish)(x, scale, offset)
 
     def get_config(self) -> dict:
@@ -67,8 +71,7 @@ def _group_norm(groups: int, epsilon: float, swish: bool, dtype: str):
 
     def forward(x, gamma, beta):
         x = x if fuses(x) else ops.cast(x, "float32")  # once for both passes
-        mean, square = (_over_groups(moment, groups) for moment in _moments(_in_rows(x)))
-        inverse = ops.rsqrt(ops.maximum(square - ops.square(mean), 0.0) + epsilon)  # (B, G, 1)
+        mean, inverse = _statistics(*moments(x), groups, epsilon)
         scale, offset = _per_channel(x, mean, inverse, gamma, beta)
         return _scaled(dtype, swish)(x, scale, offset), scale, offset, mean, inverse
 
@@ -113,15 +116,25 @@ def _positions(x) -> int | None:
 
 
 def _in_rows(x):
-    """(B, ..., W, C) -> (B, ..., R, C) of the same numbers; R is what XLA sums at a time, where that is possible."""
+    """(B, ..., W, C) -> (B, ..., R, C) of the same numbers; R divides W, and is what XLA sums at a time if it can."""
     positions = _positions(x)
-    rows = divisor(positions, ROWS) if fuses(x) else 1
+    rows = divisor(x.shape[-2], ROWS) if fuses(x) else 1
     return x if positions is None or rows == 1 else ops.reshape(x, (-1, positions // rows, rows, x.shape[-1]))
+
+
+def _statistics(mean, square, groups: int, epsilon: float):
+    mean, square = (_over_groups(moment, groups) for moment in (mean, square))
+    return mean, ops.rsqrt(ops.maximum(square - ops.square(mean), 0.0) + epsilon)
 
 
 def _over_groups(x, groups: int):
     x = ops.mean(x, axis=tuple(range(1, len(x.shape) - 1)))  # (B, C)
     return ops.mean(ops.reshape(x, (-1, groups, x.shape[-1] // groups)), axis=-1, keepdims=True)
+
+
+def moments(x):
+    """x (B, ..., W, C) -> means of the numbers and of their squares in equal parts of each row: float32 (B, ..., C)."""
+    return _moments(_in_rows(x))
 
 
 @fused
