@@ -6,12 +6,12 @@ but before it, handing it the prediction. All else is the pipeline's own.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentdiff.backend import to_numpy
 from latentdiff.extras import require
 
 if TYPE_CHECKING:
@@ -74,24 +74,56 @@ def check_free(engine: str, free: Collection[str]) -> None:
         raise ValueError(f'`free` must be empty with engine="{engine}". Received: {", ".join(free)}.')
 
 
-def to_openvino(network: keras.Model) -> Any:
+def to_openvino(network: keras.Model, variables: Sequence[keras.Variable]) -> Any:
     """A network as an `openvino.Model` with its inputs' names and order, one output, and a copy of its weights.
 
+    They are inputs while it is converted, and put in their places after that: OpenVINO would look for each among all of
+    them, lay them out anew, and hold them twice.
+
     Args:
-        network: a functional model with a list of inputs; sizes that are None stay open.
+        network: a functional model with a list of inputs, in float32; sizes that are None stay open.
+        variables: that hold its weights, in the order of its own variables, in any dtype.
     """
     import keras
     import openvino  # pyright: ignore[reportMissingImports]
 
-    function = keras.export.ExportArchive().track_and_add_endpoint("serve", network, signature_of(network))
-    # Shared weights would be Keras' own memory, which nothing keeps there once a variable is assigned.
-    model = openvino.convert_model(function.get_concrete_function(), share_weights=False)
+    def computed(given, weights):
+        with keras.StatelessScope(state_mapping=list(zip(network.variables, weights, strict=True))):
+            return network(given)
+
+    (given,) = signature_of(network)
+    weights = [
+        keras.InputSpec(dtype=variable.dtype, shape=variable.shape, name=f"weight_{k}")
+        for k, variable in enumerate(network.variables)
+    ]
+    function = keras.export.ExportArchive().add_endpoint("serve", computed, [given, weights]).get_concrete_function()
+    model = openvino.convert_model(function)
+    parameters = {each.get_friendly_name().partition(":")[0]: each for each in model.get_parameters()}
+    for k, variable in enumerate(variables):
+        parameter = parameters[f"weight_{k}"]
+        constant = _constant(to_numpy(variable))
+        for place in parameter.output(0).get_target_inputs():
+            place.replace_source_output(constant.output(0))
+        model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
     for result in model.get_results()[1:]:  # of each end that TensorFlow's graph leaves loose
         model.remove_result(result)
-    for given, named in zip(model.inputs, network.inputs, strict=True):
-        given.get_node().set_friendly_name(named.name)
-        given.tensor.set_names({named.name})
+    for given in network.inputs:
+        parameters[given.name].set_friendly_name(given.name)
+        parameters[given.name].output(0).get_tensor().set_names({given.name})
     return model
+
+
+def _constant(array: np.ndarray) -> Any:
+    """An operation of OpenVINO's that gives a copy of an array in float32."""
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    if array.dtype.name == "bfloat16":  # which OpenVINO has, and does not know of NumPy
+        tensor = openvino.Tensor(array.view(np.uint16), array.shape, openvino.Type.bf16)
+    else:
+        tensor = openvino.Tensor(array)
+    constant = openvino.op.Constant(tensor, shared_memory=False)
+    return constant if array.dtype == np.float32 else openvino.opset13.convert(constant, "f32")
 
 
 def signature_of(network: keras.Model) -> list:
@@ -105,11 +137,11 @@ def signature_of(network: keras.Model) -> list:
 class OpenvinoNetwork:
     """A network that OpenVINO computes: converted at its first call, compiled for each set of shapes.
 
-    The weights are those of that first call. They are held as a float32 copy, which other sizes are compiled from, and
-    again as each of the two latest sets of shapes wants them; Keras' stay, for calls of the parts and for saving.
+    The weights are those of that first call. They are held as a copy, which other sizes are compiled from, and again as
+    each of the two latest sets of shapes wants them; Keras' stay, for calls of the parts and for saving.
 
     Args:
-        network: gives a functional model in float32 with a list of inputs and one output; called once.
+        network: gives what `to_openvino` takes, of one output; called once.
         dtype: that it computes in, as far as the processor can: "float32", "bfloat16", "float16", or a mixed policy.
 
     Attributes:
@@ -117,7 +149,7 @@ class OpenvinoNetwork:
         compiled: how often it was compiled.
     """
 
-    def __init__(self, network: Callable[[], keras.Model], dtype: str):
+    def __init__(self, network: Callable[[], tuple[keras.Model, Sequence[keras.Variable]]], dtype: str):
         self.traces, self.compiled = 0, 0
         import keras
 
@@ -138,9 +170,8 @@ class OpenvinoNetwork:
         import openvino  # pyright: ignore[reportMissingImports]
 
         if self._model is None:
-            self._model = to_openvino(self._network())
+            self._model = to_openvino(*self._network())
             self.traces += 1
-            gc.collect()  # of Keras' copy in float32: layers refer to each other in circles
         if len(self._kept) == KEPT:
             del self._kept[next(iter(self._kept))]
         self._model.reshape({given: list(shape) for given, shape in zip(self._model.inputs, shapes, strict=True)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from keras import ops
@@ -19,6 +20,8 @@ ROWS = 32  # of an array that XLA sums at a time, still many columns at once
 LARGE = 2**19  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
 KEPT = 32  # graphs of one function, of shapes and dtypes that were used last
 OPEN = 16  # is taken for every size that is not known yet
+
+_compiling = ThreadPoolExecutor(1)
 
 
 def fused(function: Callable[..., Any], plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -72,21 +75,38 @@ def learnt(function: Callable[..., Sequence[Any]], gradient: Callable[..., Seque
     return call
 
 
-def _graph_of(function, **options):
+def _graph_of(function, jit_compile: bool = False):
     """A function that is traced once for equal shapes and dtypes, and a single operation wherever it is called."""
 
     @functools.lru_cache(KEPT)
-    def graph(*_):  # of shapes and dtypes
+    def graph(*kinds):  # of shapes and dtypes
         import tensorflow as tf
 
         # Partial, since TensorFlow warns of what is traced often, and counts all uses of a piece of code as one.
-        return tf.function(functools.partial(function), autograph=False, **options)
+        made = tf.function(functools.partial(function), autograph=False, jit_compile=jit_compile)
+        if jit_compile and all(None not in shape for shape, _ in kinds):
+            _compile_meanwhile(made.get_concrete_function(*(tf.TensorSpec(*kind) for kind in kinds)))
+        return made
 
     def call(*arrays):
         arrays = _tensors(arrays)
         return graph(*((tuple(array.shape), array.dtype) for array in arrays))(*arrays)
 
     return call
+
+
+def _compile_meanwhile(graph) -> None:
+    """Has XLA compile a graph while the rest is traced, on another processor; else the first call would wait for it.
+
+    XLA finds what it compiled for a call within another graph, as the real one will be, but not for one alone.
+    """
+    import tensorflow as tf
+
+    def call():
+        arrays = [tf.zeros(spec.shape, spec.dtype) for spec in graph.structured_input_signature[0]]
+        tf.function(lambda *arrays: graph(*arrays), autograph=False)(*arrays)
+
+    _compiling.submit(call)
 
 
 def _tensors(arrays):

@@ -69,9 +69,9 @@ class TextToImage:
         self._weights = WeightsOnDemand(parts)
         self.schedule = presets.make_schedule(parts.settings)
         if engine == "openvino":
-            self._encode = OpenvinoNetwork(lambda: presets.in_policy(parts.text_encoder, "float32"), self.dtype)
-            self._predict = OpenvinoNetwork(self._unet_after_embedding, self.dtype)
-            self._decode = OpenvinoNetwork(self._image_network, self.dtype)
+            self._encode = OpenvinoNetwork(lambda: _in_float32(parts.text_encoder, lambda network: network), self.dtype)
+            self._predict = OpenvinoNetwork(lambda: _in_float32(parts.unet, _after_embedding), self.dtype)
+            self._decode = OpenvinoNetwork(lambda: _in_float32(parts.autoencoder, _to_grey_levels), self.dtype)
         else:
             self._encode = Compiled(parts.text_encoder, [parts.text_encoder])
             self._predict = None
@@ -375,17 +375,26 @@ class TextToImage:
     def _decoded(self, latent: np.ndarray, tiled: bool) -> np.ndarray:
         return to_numpy(grey_levels(self._decode_tiled(latent)) if tiled else self._decode(latent), "uint8")
 
-    def _unet_after_embedding(self) -> keras.Model:
-        unet = presets.in_policy(self.parts.unet, "float32")
-        embedding = unet.get_layer("timestep_embedding").output
-        return keras.Model([unet.input["latent"], embedding, unet.input["context"]], unet.output)
-
-    def _image_network(self) -> keras.Model:
-        latent = keras.Input((None, None, self.parts.autoencoder.latent_channels), name="latent")
-        return keras.Model(latent, grey_levels(presets.in_policy(self.parts.autoencoder, "float32").decode(latent)))
-
     def _noise(self, seeds, step, like):
         return normal(seeds, step, like.shape)
+
+
+def _in_float32(part: Any, network: Callable[[Any], keras.Model]) -> tuple[keras.Model, list[keras.Variable]]:
+    """A model around a part in float32, which has no weights, and the variables that hold them."""
+    blank = presets.blank_copy(part, "float32")
+    model = network(blank)
+    held = {id(variable): other for variable, other in zip(blank.variables, part.variables, strict=True)}
+    return model, [held[id(variable)] for variable in model.variables]
+
+
+def _after_embedding(unet: keras.Model) -> keras.Model:
+    embedding = unet.get_layer("timestep_embedding").output
+    return keras.Model([unet.input["latent"], embedding, unet.input["context"]], unet.output)
+
+
+def _to_grey_levels(autoencoder: Any) -> keras.Model:
+    latent = keras.Input((None, None, autoencoder.latent_channels), name="latent")
+    return keras.Model(latent, grey_levels(autoencoder.decode(latent)))
 
 
 def grey_levels(image: Any) -> Any:

@@ -376,11 +376,15 @@ def _reading(weights: Mapping[str, np.ndarray], ahead: int) -> Iterator[Iterator
 
 def in_policy(network: Any, policy: str) -> Any:
     """A network of this package with the same weights, computing in another dtype policy: itself, or a copy."""
-    config = network.get_config()
-    if config["dtype"] == policy:
+    if network.get_config()["dtype"] == policy:
         return network
-    with blank_weights():
-        copy = type(network)(**{**config, "dtype": policy})
+    copy = blank_copy(network, policy)
     for variable, other in zip(copy.variables, network.variables, strict=True):
         variable.assign(to_numpy(other).astype("float32"))
     return copy
+
+
+def blank_copy(network: Any, policy: str) -> Any:
+    """A network of this package with the same configuration but for the dtype policy, and no weights yet."""
+    with blank_weights():
+        return type(network)(**{**network.get_config(), "dtype": policy})

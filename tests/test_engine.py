@@ -17,7 +17,9 @@ class OtherNetwork:
     traces = 0
 
     def __init__(self, network, dtype):
-        network = network()
+        network, variables = network()
+        for variable, other in zip(network.variables, variables, strict=True):
+            variable.assign(other)
         self.compiled = Compiled(lambda *arrays: network(list(arrays) if len(arrays) > 1 else arrays[0]), [network])
 
     def __call__(self, *arrays):

@@ -6,6 +6,7 @@ Its files are written from the model's directory once, in the layout of those th
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import os
 from collections.abc import Callable
@@ -113,7 +114,14 @@ class Asker:
         pipe = keras_cv.models.StableDiffusion(pixels, pixels, jit_compile=self.xla)
         pipe._text_encoder, pipe._diffusion_model = self._loaded("text_encoder"), self._loaded("unet")
         pipe._decoder = self._loaded("decoder")
+        pipe._tokenizer = self._tokenizer()
         return pipe
+
+    def _tokenizer(self) -> Any:
+        """KerasCV's own, with the model's merges, which it would fetch from the network."""
+        merges = self.files / "merges.txt.gz"
+        merges.write_bytes(gzip.compress((self.job.directory / "tokenizer" / "merges.txt").read_bytes()))
+        return kcv.SimpleTokenizer(str(merges))
 
     def _built(self, name: str) -> Any:
         pixels = self.job.case.pixels or 512

@@ -229,24 +229,31 @@ def match(
 
 
 def _from_half(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A float16 array in float32 or bfloat16; from the bits, three times faster than NumPy, and with many threads."""
-    half = np.ascontiguousarray(array)
-    sign = half.view(np.uint16).astype(f"u{dtype.itemsize}")
+    """A float16 array in float32 or bfloat16; from the bits, three times faster than NumPy, and with many threads.
+
+    In few arrays: the system takes longer to find memory for one than it takes to compute what it holds.
+    """
+    half = np.array(array, order="C")
+    sign = half.view(np.uint16).astype(f"u{dtype.itemsize}", copy=False)
     magnitude = sign & 0x7FFF  # five bits of exponent, ten of the significand
-    # Below the normal numbers, where the difference wraps around, or above them.
-    odd = np.flatnonzero(magnitude - 0x0400 >= 0x7800)
+    spare = magnitude - 0x0400
+    odd = np.flatnonzero(spare >= 0x7800)  # below the normal numbers, where the difference wraps around, or above them
+    exact = half.reshape(-1)[odd].astype(dtype)
     sign ^= magnitude
     if dtype.itemsize == 4:  # eight bits and 23
         sign <<= 16
         magnitude <<= 13
         magnitude += (127 - 15) << 23
     else:  # eight bits and seven, the nearest, or the even one of two that are
-        magnitude += 3 + (magnitude >> 3 & 1)
+        np.right_shift(magnitude, 3, out=spare)
+        spare &= 1
+        magnitude += spare
+        magnitude += 3
         magnitude >>= 3
         magnitude += (127 - 15) << 7
     magnitude |= sign
     result = magnitude.view(dtype)
-    result.reshape(-1)[odd] = half.reshape(-1)[odd].astype(dtype)
+    result.reshape(-1)[odd] = exact
     return result
 
 
@@ -265,8 +272,7 @@ def _named(tensor: StoredTensor) -> str:
 
 def _is_finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or infinite; from the bits, which is four times faster than np.isfinite in half."""
-    infinity = np.array(np.inf, array.dtype).view(f"u{array.itemsize}")
-    magnitude = ~np.array(-0.0, array.dtype).view(f"u{array.itemsize}")
-    bits = array.reshape(-1).view(infinity.dtype)
-    parts = (bits[begin : begin + _NUMBERS] for begin in range(0, bits.size, _NUMBERS))
-    return all((part & magnitude).max() < infinity for part in parts)
+    infinity, negative = (int(np.array(x, array.dtype).view(f"u{array.itemsize}")) for x in (np.inf, -np.inf))
+    bits = array.reshape(-1).view(f"u{array.itemsize}")
+    # The largest with a sign is that of the positive numbers, the largest without one that of the negative ones.
+    return not bits.size or bool(bits.view(f"i{array.itemsize}").max() < infinity and bits.max() < negative)

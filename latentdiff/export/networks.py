@@ -102,7 +102,7 @@ def _write_onnx(network: keras.Model, path: str) -> None:
 def _write_openvino(network: keras.Model, path: str) -> None:
     import openvino  # pyright: ignore[reportMissingImports]
 
-    openvino.serialize(to_openvino(network), path)
+    openvino.serialize(to_openvino(network, network.variables), path)
 
 
 def _teach_erfc() -> None:

@@ -69,10 +69,19 @@ class Conv(keras.layers.Conv2D):
 
     def call(self, inputs):
         """inputs: (B, H, W, C) -> (B, H, W, filters)."""
-        batch, height, width, channels = inputs.shape
+        return self.as_product(inputs) if self.is_product(inputs) else super().call(inputs)
+
+    def is_product(self, inputs) -> bool:
+        """Whether a product of matrices is taken for these."""
+        batch, height, width, _ = inputs.shape
+        if not self._on_known_sizes(inputs):
+            return False
+        return self.kernel_size[0] == 1 or (batch or 2) * height * width <= self.filters
+
+    def as_product(self, inputs):
+        """inputs: (B, H, W, C), of a known size -> (B, H, W, filters), as a product of matrices."""
+        _, height, width, channels = inputs.shape
         size = self.kernel_size[0]
-        if not self._on_known_sizes(inputs) or size > 1 and (batch or 2) * height * width > self.filters:
-            return super().call(inputs)
         rows = ops.reshape(patches_of(inputs, size), (-1, size * size * channels))
         rows = ops.add(ops.matmul(rows, ops.reshape(self.kernel, (-1, self.filters))), self.bias)  # in one rounding
         return ops.reshape(rows, (-1, height, width, self.filters))
