@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentdiff.backend import to_numpy
 from latentdiff.extras import require
 
 if TYPE_CHECKING:
@@ -86,6 +85,8 @@ def to_openvino(network: keras.Model, variables: Sequence[keras.Variable]) -> An
     """
     import keras
     import openvino  # pyright: ignore[reportMissingImports]
+
+    from latentdiff.backend import to_numpy
 
     def computed(given, weights):
         with keras.StatelessScope(state_mapping=list(zip(network.variables, weights, strict=True))):
