@@ -6,6 +6,7 @@ stay what they are. Only graphs that run in this process have such operations: a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -106,7 +107,8 @@ def _compile_meanwhile(graph) -> None:
         arrays = [tf.zeros(spec.shape, spec.dtype) for spec in graph.structured_input_signature[0]]
         tf.function(lambda *arrays: graph(*arrays), autograph=False)(*arrays)
 
-    _compiling.submit(call)
+    with contextlib.suppress(RuntimeError):  # no thread can begin: the first call will compile
+        _compiling.submit(call)
 
 
 def _tensors(arrays):
