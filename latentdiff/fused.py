@@ -15,11 +15,12 @@ from typing import Any
 
 from keras import ops
 
-from latentdiff.backend import is_learning, on_onednn
+from latentdiff.backend import is_learning, on_onednn, unwritten
 
 ROWS = 32  # of an array that XLA sums at a time, still many columns at once
 LARGE = 2**19  # numbers of an array, from which on a pass over memory takes longer than XLA's compilation is worth
 KEPT = 32  # graphs of one function, of shapes and dtypes that were used last
+MEANWHILE = 2**24  # numbers of an array, up to which a first call for XLA's sake needs little memory
 OPEN = 16  # is taken for every size that is not known yet
 
 _compiling = ThreadPoolExecutor(1)
@@ -85,7 +86,7 @@ def _graph_of(function, jit_compile: bool = False):
 
         # Partial, since TensorFlow warns of what is traced often, and counts all uses of a piece of code as one.
         made = tf.function(functools.partial(function), autograph=False, jit_compile=jit_compile)
-        if jit_compile and all(None not in shape for shape, _ in kinds):
+        if jit_compile and all(None not in shape and math.prod(shape) <= MEANWHILE for shape, _ in kinds):
             _compile_meanwhile(made.get_concrete_function(*(tf.TensorSpec(*kind) for kind in kinds)))
         return made
 
@@ -104,7 +105,7 @@ def _compile_meanwhile(graph) -> None:
     import tensorflow as tf
 
     def call():
-        arrays = [tf.zeros(spec.shape, spec.dtype) for spec in graph.structured_input_signature[0]]
+        arrays = [unwritten(spec.shape.as_list(), spec.dtype) for spec in graph.structured_input_signature[0]]
         tf.function(lambda *arrays: graph(*arrays), autograph=False)(*arrays)
 
     with contextlib.suppress(RuntimeError):  # no thread can begin: the first call will compile
