@@ -57,6 +57,16 @@ def test_strips_of_other_autoencoders_make_the_whole_picture(config):
     assert relative_error(TiledDecoder(autoencoder, 3)(latents()), whole(autoencoder)) < 1e-5
 
 
+def test_strips_in_bfloat16_are_as_near_to_float32_as_the_whole(autoencoder):
+    rounded = make(Autoencoder, AUTOENCODERS["three_levels"], dtype="bfloat16")
+    exact, single = whole(autoencoder), whole(rounded)
+    tiled = TiledDecoder(rounded, 3)(latents())
+    assert np.abs(tiled - exact).mean() < 1.1 * np.abs(single - exact).mean()
+    difference = np.abs(grey_levels(tiled) - grey_levels(single))
+    assert difference.mean() < 0.5
+    assert (difference > 2).mean() < 1e-2 and difference.max() <= 4
+
+
 @pytest.mark.parametrize(("size", "rows", "width"), [((7, 5), 3, 8), ((91, 75), 46, 64)])
 def test_strips_in_bfloat16_are_the_whole_picture_within_two_grey_levels(size, rows, width):
     """The larger one by fused passes, on TensorFlow, over rows that are longer than what XLA sums at a time."""
