@@ -106,7 +106,7 @@ def _compile_meanwhile(graph) -> None:
 
     def call():
         arrays = [unwritten(spec.shape.as_list(), spec.dtype) for spec in graph.structured_input_signature[0]]
-        tf.function(lambda *arrays: graph(*arrays), autograph=False)(*arrays)
+        tf.function(functools.partial(graph), autograph=False)(*arrays)
 
     with contextlib.suppress(RuntimeError):  # no thread can begin: the first call will compile
         _compiling.submit(call)

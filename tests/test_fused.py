@@ -11,7 +11,7 @@ from keras import ops
 from tiny_models import numbers, to_numpy
 
 from latentdiff.backend import Compiled, running_here
-from latentdiff.fused import LARGE, fused
+from latentdiff.fused import LARGE, _compiling, fused
 from latentdiff.models.attention import GEGLU, attend
 from latentdiff.models.norms import GroupNorm, LayerNormalization
 
@@ -80,6 +80,18 @@ def test_a_function_is_traced_once_for_each_shape():
     assert len(traced) == 1
     twice(ops.ones((3, LARGE)))
     assert len(traced) == 2
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere all is XLA's")
+def test_many_shapes_make_no_warning(caplog):
+    import tensorflow as tf
+
+    double = fused(lambda x: x * 2)
+    with caplog.at_level("WARNING", "tensorflow"):
+        for size in range(10):
+            Compiled(double, [])(tf.zeros((LARGE + size,)))
+        _compiling.submit(lambda: None).result()  # it compiles one after the other
+    assert not caplog.records
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere all is XLA's")
