@@ -2,8 +2,9 @@
 
     python -m benchmarks.choices --dtype bfloat16
 
-A 3 x 3 convolution as a product of matrices or by oneDNN; how many queries attend at once; a group norm, with swish, in
-passes that XLA compiles or in TensorFlow's operations. Sizes are those of Stable Diffusion 1.5's UNet, and around.
+A 3 x 3 convolution as a product of matrices or by oneDNN; a dense layer as a product or as a 1 x 1 convolution; how
+many heads and queries attend at once; a group norm, with swish, in passes that XLA compiles or in TensorFlow's
+operations. Sizes are those of Stable Diffusion 1.5's UNet, and around.
 `results/choices-DTYPE.json` holds what came out.
 """
 
@@ -23,14 +24,16 @@ from benchmarks.cases import DTYPES
 RESULTS = Path(__file__).parent / "results"
 REPETITIONS, SECONDS = 5, 0.2
 CONVOLUTIONS = ((8, 1280), (16, 640), (16, 1280), (32, 640), (64, 320))  # height and width, channels
+DENSE = ((64, 1280, 1280), (256, 5120, 1280), (1024, 640, 640), (1024, 2560, 640), (4096, 320, 320), (4096, 1280, 320))
 QUERIES = ((4096, 320), (1024, 640))  # how many, width; of 8 heads
+PIECES = ((8, 128), (8, 512), (4, 256), (4, 1024), (2, 256), (2, 1024), (1, 512), (1, 1024))  # heads, queries
 NORMS = ((8, 1280), (16, 1280), (32, 640), (64, 320))
 BATCH, HEADS, GROUPS = 2, 8, 32
 
 
 def measure(dtype: str) -> list[dict[str, Any]]:
     """What each way takes in milliseconds at each size, and which of them is taken."""
-    return [*convolutions(dtype), *attention(dtype), *norms(dtype)]
+    return [*convolutions(dtype), *dense_layers(dtype), *attention(dtype), *norms(dtype)]
 
 
 def convolutions(dtype: str) -> Iterator[dict[str, Any]]:
@@ -48,22 +51,44 @@ def convolutions(dtype: str) -> Iterator[dict[str, Any]]:
         yield {"what": "convolution", "size": [size, size, channels], "taken": taken, **_milliseconds(ways, arrays)}
 
 
+def dense_layers(dtype: str) -> Iterator[dict[str, Any]]:
+    """A dense layer with a bias: (B, positions, D) -> (B, positions, units)."""
+    from latentdiff.models import layers
+
+    chosen = layers.MANY_POSITIONS
+    for count, width, units in DENSE:
+        layer = layers.dense(units, "dense", dtype)
+        layer.build((BATCH, count, width))
+        arrays = [_random(dtype, BATCH, count, width)]
+        taken = "convolution" if chosen <= BATCH * count else "product"
+        found = {}
+        for way, least in (("product", 2**62), ("convolution", 1)):
+            layers.MANY_POSITIONS = least
+            found.update(_milliseconds({way: lambda x, layer=layer: layer(x)}, arrays))
+        layers.MANY_POSITIONS = chosen
+        yield {"what": "dense layer", "size": [count, width, units], "taken": taken, **found}
+
+
 def attention(dtype: str) -> Iterator[dict[str, Any]]:
-    """Self-attention with so many queries at once."""
+    """Self-attention with so many heads and queries at once."""
     from latentdiff.models import attention
 
-    chosen = attention.SCORES
+    chosen = attention.at_once
     for count, width in QUERIES:
         arrays = [_random(dtype, BATCH, count, width) for _ in range(3)]
+        taken = chosen(BATCH, HEADS, count, count, 2 if dtype == "bfloat16" else 4)
         found = {}
-        taken = attention.queries_at_once(BATCH * HEADS, count, count) or count
-        for chunk in (128, 256, 512, 1024, 4096):
-            if chunk <= count:
-                attention.SCORES = chunk * BATCH * HEADS * count
-                ways = {str(chunk): lambda q, k, v: attention.attend(q, k, v, HEADS)}
+        for piece in sorted({*PIECES, taken}, reverse=True):
+            if piece[1] <= count:
+                attention.at_once = lambda *_, piece=piece: piece
+                ways = {_said(piece): lambda q, k, v: attention.attend(q, k, v, HEADS)}
                 found.update(_milliseconds(ways, arrays))
-        attention.SCORES = chosen
-        yield {"what": "queries at once", "size": [count, width], "taken": str(taken), **found}
+        attention.at_once = chosen
+        yield {"what": "heads and queries", "size": [count, width], "taken": _said(taken), **found}
+
+
+def _said(piece: tuple[int, int]) -> str:
+    return f"{piece[0]} x {piece[1]}"
 
 
 def norms(dtype: str) -> Iterator[dict[str, Any]]:

@@ -32,18 +32,21 @@ def test_attend_is_attention(n, s, heads, causal):
     np.testing.assert_allclose(to_numpy(out), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("scores_of_head", "heads", "queries"), [(1, 2, 4), (40, 1, 8)])
 @pytest.mark.parametrize("n", [9, 12, 14])
-def test_chunks_of_queries_make_the_whole(n, monkeypatch):
+def test_pieces_of_heads_and_queries_make_the_whole(n, scores_of_head, heads, queries, monkeypatch):
     q, k, v = (ops.convert_to_tensor(numbers(2, length, 8, seed=i)) for i, length in enumerate((n, 5, 5)))
     whole = attend(q, k, v, 2)
-    sizes = []
+    shapes = []
     softmax_of_keras = ops.softmax
-    monkeypatch.setattr(ops, "softmax", lambda x, axis: sizes.append(x.shape[-2]) or softmax_of_keras(x, axis=axis))
+    monkeypatch.setattr(ops, "softmax", lambda x, axis: shapes.append(x.shape) or softmax_of_keras(x, axis=axis))
     monkeypatch.setattr(attention, "FEWEST", 1)
-    monkeypatch.setattr(attention, "SCORES", 4 * 4 * 5)  # of four queries: two examples of two heads, five keys
-    chunked = attend(q, k, v, 2)
-    assert max(sizes) == 4 and sum(sizes) == n
-    np.testing.assert_allclose(to_numpy(chunked), to_numpy(whole), atol=1e-6)
+    monkeypatch.setattr(attention, "SCORES", 4 * 4 * 4 * 5)  # bytes of four queries: two examples, two heads, five keys
+    monkeypatch.setattr(attention, "SCORES_OF_HEAD", scores_of_head)
+    in_pieces = attend(q, k, v, 2)
+    assert {shape[1] for shape in shapes} == {heads} and max(shape[2] for shape in shapes) == queries
+    assert sum(shape[1] * shape[2] for shape in shapes) == 2 * n
+    np.testing.assert_allclose(to_numpy(in_pieces), to_numpy(whole), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +59,10 @@ def test_scores_of_all_positions_are_never_held_at_once(positions, width, heads,
     monkeypatch.setattr(ops, "softmax", lambda x, axis: shapes.append(x.shape) or softmax_of_keras(x, axis=axis))
     x = keras.KerasTensor((2, positions, width))
     assert attend(x, x, x, heads).shape == (2, positions, width)
-    assert sum(shape[2] for shape in shapes) == positions
-    assert {(shape[1], shape[3]) for shape in shapes} == {(heads, positions)}
+    assert sum(shape[1] * shape[2] for shape in shapes) == heads * positions
+    assert {shape[3] for shape in shapes} == {positions}
     assert max(shape[2] for shape in shapes) <= 1024
-    assert all(shape[2] == attention.FEWEST or math.prod(shape) <= attention.SCORES for shape in shapes)
+    assert all(shape[1:3] == (1, attention.FEWEST) or 4 * math.prod(shape) <= attention.SCORES for shape in shapes)
 
 
 @pytest.mark.parametrize("causal", [False, True])

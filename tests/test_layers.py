@@ -11,7 +11,7 @@ from keras import ops
 from numpy_layers import convolved, group_normalized, random_weights, silu
 from tiny_models import numbers, relative_error, run, to_numpy
 
-from latentdiff.backend import has_gpu
+from latentdiff.backend import Compiled, has_gpu, running_here
 from latentdiff.models.attention import Attention, AttentionBlock, CLIPLayer, SpatialTransformer, TransformerBlock
 from latentdiff.models.layers import (
     ClassToken,
@@ -123,6 +123,34 @@ def test_a_convolution_is_computed_as_is_fastest_on_a_cpu(kernel, size, channels
     layer.build((2, *size, channels))
     graph = tf.function(layer).get_concrete_function(tf.TensorSpec((2, *size, channels))).graph
     assert [op.type for op in graph.get_operations() if op.type in ("MatMul", "Conv2D")] == kinds
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow" or has_gpu(), reason="a choice for oneDNN")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("positions", [(1024,), (32, 32)])
+def test_many_positions_are_a_convolution_where_the_graph_runs_here_and_does_not_learn(positions, dtype):
+    import tensorflow as tf
+
+    layer = dense(16, "dense", dtype) if len(positions) == 1 else Conv(16, 1, padding="same", dtype=dtype)
+    layer.build((2, *positions, 24))
+    layer.set_weights([numbers(24, 16, seed=1).reshape(layer.kernel.shape), numbers(16, seed=2)])
+
+    def kinds(x):
+        graph = tf.function(lambda x: layer(x)).get_concrete_function(x).graph
+        return [op.type for op in graph.get_operations() if op.type in ("MatMul", "Conv2D", "Tensordot")]
+
+    x = ops.cast(numbers(2, *positions, 24), dtype)
+    with running_here():
+        assert kinds(x) == ["Conv2D"]
+        assert kinds(x[:, 1:]) == ["MatMul"]
+    with running_here(learning=True):
+        assert kinds(x) == ["MatMul"]
+    assert kinds(x) == ["MatMul"]
+    exact = [to_numpy(ops.cast(array, "float32")).astype("float64") for array in (x, layer.kernel, layer.bias)]
+    expected = exact[0] @ exact[1].reshape(24, 16) + exact[2]
+    one_rounding = 2**-8 if dtype == "bfloat16" else 1e-6  # of the sum, the bias included
+    out = to_numpy(ops.cast(Compiled(layer, [layer])(x), "float32"))
+    np.testing.assert_allclose(out, expected, rtol=1.01 * one_rounding, atol=1e-5)
 
 
 def test_upsample_doubles_each_position():

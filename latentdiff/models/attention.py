@@ -11,11 +11,12 @@ import keras
 from keras import ops
 
 from latentdiff.backend import default_dtype, has_cudnn_attention, on_cpu, on_onednn
-from latentdiff.fused import fused, learnt, weighted
+from latentdiff.fused import divisor, fused, learnt, weighted
 from latentdiff.models.layers import Block, conv, dense, heads_of, kernel_initializer, register
 from latentdiff.models.norms import check_groups, group_norm, layer_norm
 
-SCORES = 2**23  # computed at once on a CPU, whose cache they stay in
+SCORES = 2**24  # bytes of them that are computed at once on a CPU, whose cache they stay in
+SCORES_OF_HEAD = 2**20  # computed at once of one head, where that leaves room for others
 SCORES_OF_ACCELERATOR = 2**25
 FEWEST = 128  # queries attended to at once
 
@@ -53,7 +54,7 @@ def attend(query, key, value, heads: int, causal: bool = False):
     # Where there are instructions for bfloat16, oneDNN's softmax of it sums in float32.
     scored = q.dtype if on_onednn() and default_dtype() == "bfloat16" else "float32"
 
-    def rows(q):
+    def rows(q, k, v):
         scores = ops.cast(ops.matmul(q, k), scored)  # (B, heads, n, S)
         if causal:
             n = ops.shape(scores)[-1]
@@ -61,30 +62,52 @@ def attend(query, key, value, heads: int, causal: bool = False):
             scores = scores + ops.cast(hidden, scored) * -1e9
         return weighted(scores, v)  # (B, heads, n, D / heads)
 
-    chunk = queries_at_once((batch or 2) * heads, n, key.shape[1])
-    if causal or chunk is None:
-        out = rows(q)
+    if causal:
+        out = rows(q, k, v)
     else:
-        parts = ops.split(
-            q, list(range(chunk, n, chunk)), axis=2
-        )  # slices' gradients would be an array of q's size each
-        out = ops.concatenate([rows(part) for part in parts], axis=2)
+        together, chunk = at_once(batch or 2, heads, n, key.shape[1], 2 if scored == "bfloat16" else 4)
+        groups = zip(*(_in_pieces(x, together, axis=1) for x in (q, k, v)), strict=True)
+        out = _joined([_joined([rows(p, k, v) for p in _in_pieces(q, chunk, axis=2)], 2) for q, k, v in groups], 1)
     out = ops.transpose(out, (0, 2, 1, 3))  # (B, N, heads, D / heads)
     return ops.reshape(out, (-1, ops.shape(out)[1], width))
 
 
-def queries_at_once(heads: int, queries: int | None, keys: int | None) -> int | None:
-    """How many of the queries attend at once, that there be no more scores than are good; None is all of them.
+def at_once(batch: int, heads: int, queries: int | None, keys: int | None, size: int) -> tuple[int, int | None]:
+    """How many heads attend at once, and how many of their queries, that there be no more scores than are good.
+
+    On a CPU rather few heads than few queries, as the keys of a head are laid out anew for each of its pieces.
 
     Args:
-        heads: of all examples together.
+        batch, heads: all examples are in every piece.
         queries, keys: None is a number that is not known yet.
+        size: bytes of a score.
+
+    Returns:
+        Numbers of at most `heads` and `queries`; the last is None where `queries` or `keys` is.
     """
     if queries is None or keys is None:
-        return None
-    most = (SCORES if on_cpu() else SCORES_OF_ACCELERATOR) // max(heads * keys, 1)
-    chunk = max(FEWEST, 1 << max(most, 1).bit_length() - 1)
-    return chunk if chunk < queries else None
+        return heads, None
+
+    def most(scores: int) -> int:
+        return max(FEWEST, 1 << max(scores // keys, 1).bit_length() - 1)
+
+    if not on_cpu():
+        return heads, min(queries, most(SCORES_OF_ACCELERATOR // (batch * heads)))
+    scores = SCORES // size // batch
+    chunk = min(queries, most(max(scores // heads, min(SCORES_OF_HEAD, scores))))
+    return divisor(heads, min(heads, max(1, scores // (chunk * keys)))), chunk
+
+
+def _in_pieces(x, size: int | None, axis: int) -> list:
+    """x in pieces of a size, but for the last; None is all of it."""
+    count = x.shape[axis]
+    if size is None or count is None or size >= count:
+        return [x]
+    return ops.split(x, list(range(size, count, size)), axis=axis)  # slices' gradients would be of x's size each
+
+
+def _joined(parts: list, axis: int):
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=axis)
 
 
 def has_flash_attention(dtype: str, size: int) -> bool:

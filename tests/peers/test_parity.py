@@ -22,7 +22,7 @@ from latentdiff import fused  # noqa: E402
 from latentdiff.backend import Compiled, to_numpy  # noqa: E402
 from latentdiff.checkpoints.diffusers import KINDS  # noqa: E402
 from latentdiff.checkpoints.sources import open_source  # noqa: E402
-from latentdiff.models import attention  # noqa: E402
+from latentdiff.models import attention, layers  # noqa: E402
 from latentdiff.models.tokenizer import TruncationWarning  # noqa: E402
 from latentdiff.presets import named_variables  # noqa: E402
 
@@ -115,10 +115,12 @@ def test_decoded_latent_is_equal(size, ours, theirs):
 
 @pytest.fixture
 def as_if_large(monkeypatch):
-    """What large arrays alone are computed by: fused passes, and attention to some queries at a time."""
+    """What large arrays alone are computed by: fused passes, attention in pieces, dense layers as convolutions."""
     monkeypatch.setattr(fused, "LARGE", 1)
     monkeypatch.setattr(attention, "SCORES", 256)
+    monkeypatch.setattr(attention, "SCORES_OF_HEAD", 64)
     monkeypatch.setattr(attention, "FEWEST", 2)
+    monkeypatch.setattr(layers, "MANY_POSITIONS", 1)
 
 
 def test_networks_are_equal_in_the_graphs_that_large_pictures_have(as_if_large, ours, theirs):
