@@ -1,7 +1,8 @@
 """Where the time of our own goes on a CPU: the seconds of each kind of TensorFlow's operations, within one call.
 
-Beside it what its products take alone, each computed again and again with its operands in the cache; each call's own
-0.2 ms is in it, so that it says nothing of small networks.
+Beside it what its products take alone, each computed again and again with its operands in the cache, and the same
+products by torch where it is installed, whose oneDNN is another version; each call's own 0.2 ms is in it, so that it
+says nothing of small networks.
 
     python -m benchmarks.profile --tasks unet decode train --dtype bfloat16
 
@@ -12,6 +13,7 @@ Operations run beside one another on several threads, so that the seconds of all
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +22,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import machine, weights
 from benchmarks.cases import DTYPES, SIZES, Case
@@ -37,6 +41,7 @@ KINDS = {
     "ExecuteAsyncOnStream": "passes of XLA",
 }
 REST = "everything else"
+MATRIX_OPTIONS = (("transpose_a", "adj_x"), ("transpose_b", "adj_y"))
 Work = tuple[Callable, list[Any], list[Any]]  # a function of arrays, the networks in it, and the arrays
 
 
@@ -67,7 +72,10 @@ def measure(task: str, job: Job) -> dict[str, Any]:
 
 
 def least(work: Work) -> dict[str, float]:
-    """The multiply-adds of a function's products, and the seconds of the products alone, each of them by itself."""
+    """The multiply-adds of a function's products, and the seconds of the products alone, each of them by itself.
+
+    "seconds" are TensorFlow's, "by_torch" torch's, if that is installed.
+    """
     import tensorflow as tf
 
     function, _, arrays = work
@@ -76,8 +84,11 @@ def least(work: Work) -> dict[str, float]:
     kinds: dict[tuple, list[Any]] = {}
     for operation in products(graph):
         kinds.setdefault(_kind_of_product(operation), []).append(operation)
-    seconds = sum(len(equal) * _alone(equal[0]) for equal in kinds.values())
-    return {"multiply_adds": sum(map(multiply_adds, products(graph))), "seconds": seconds}
+    ways = {"seconds": in_tensorflow}
+    if importlib.util.find_spec("torch"):
+        ways["by_torch"] = in_torch
+    seconds = {name: sum(len(equal) * _alone(equal[0], way) for equal in kinds.values()) for name, way in ways.items()}
+    return {"multiply_adds": sum(map(multiply_adds, products(graph))), **seconds}
 
 
 def products(graph: Any) -> list[Any]:
@@ -101,16 +112,43 @@ def _options(product: Any) -> dict[str, Any]:
     return {each.name: product.get_attr(each.name) for each in product.op_def.attr if each.type != "type"}
 
 
-def _alone(product: Any) -> float:
+def _alone(product: Any, way: Callable[[Any, list[np.ndarray]], Callable[[], Any]]) -> float:
     """The fewest seconds of an operation that is computed again and again, and nothing else."""
+    draw = np.random.default_rng(0).standard_normal
+    compute = way(product, [draw(tensor.shape.as_list(), "float32") for tensor in product.inputs])
+    compute()
+    return min(machine.timed(compute)[1]["wall_s"] for _ in range(CALLS))
+
+
+def in_tensorflow(product: Any, arrays: list[np.ndarray]) -> Callable[[], Any]:
+    """A product of a graph, of arrays, as a function that computes it."""
     import tensorflow as tf
 
     names = [argument.name for argument in product.op_def.input_arg]
     operation, options = getattr(tf.raw_ops, product.type), _options(product)
     compute = tf.function(lambda *arrays: operation(**dict(zip(names, arrays, strict=True)), **options))
-    arrays = [tf.cast(tf.random.normal(tensor.shape), tensor.dtype) for tensor in product.inputs]
-    compute(*arrays)
-    return min(machine.timed(lambda: compute(*arrays))[1]["wall_s"] for _ in range(CALLS))
+    tensors = [tf.cast(array, tensor.dtype) for array, tensor in zip(arrays, product.inputs, strict=True)]
+    return lambda: compute(*tensors)
+
+
+def in_torch(product: Any, arrays: list[np.ndarray]) -> Callable[[], Any]:
+    """The same product by torch; of a convolution it gives (B, C, H, W), channels last in memory."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    dtype = getattr(torch, product.outputs[0].dtype.name)
+    options = _options(product)
+    x, y = (torch.from_numpy(array).to(dtype) for array in arrays)
+    if product.type != "Conv2D":
+        transposed = [options.get(name, options.get(other)) for name, other in MATRIX_OPTIONS]
+        x, y = (z.mT if turned else z for z, turned in zip((x, y), transposed, strict=True))
+        return torch.inference_mode()(lambda: x @ y)
+    edge = y.shape[0] // 2 if options["padding"] == b"SAME" else 0
+    stride = options["strides"][1]
+    x, kernel = (
+        z.contiguous(memory_format=torch.channels_last) for z in (x.permute(0, 3, 1, 2), y.permute(3, 2, 0, 1))
+    )
+    return torch.inference_mode()(lambda: torch.nn.functional.conv2d(x, kernel, None, stride, edge))
 
 
 def _call(task: str, job: Job) -> tuple[Callable[[], Any], int, Work | None]:
@@ -155,7 +193,10 @@ def table(task: str, found: dict[str, Any]) -> str:
     lines += [f"  {kind:24s}{seconds:8.3f}" for kind, seconds in found["kinds"].items()]
     if floor := found.get("floor"):
         count = floor["multiply_adds"] / 1e12
-        lines.append(f"  products alone, each by itself: {floor['seconds']:.3f} s ({count:.3f} T multiply-adds)")
+        theirs = f", by torch {floor['by_torch']:.3f} s" if "by_torch" in floor else ""
+        lines.append(
+            f"  products alone, each by itself: {floor['seconds']:.3f} s{theirs} ({count:.3f} T multiply-adds)"
+        )
     return "\n".join([*lines, "  of the rest: " + ", ".join(f"{name} {s:.3f}" for name, s in found["rest"].items())])
 
 
