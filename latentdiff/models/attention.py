@@ -15,9 +15,9 @@ from latentdiff.fused import divisor, fused, learnt, weighted
 from latentdiff.models.layers import Block, conv, dense, heads_of, kernel_initializer, register
 from latentdiff.models.norms import check_groups, group_norm, layer_norm
 
-SCORES = 2**24  # bytes of them that are computed at once on a CPU, whose cache they stay in
-SCORES_OF_HEAD = 2**20  # computed at once of one head, where that leaves room for others
-SCORES_OF_ACCELERATOR = 2**25
+SCORES = 2**24  # bytes of scores that are computed at once on a CPU, whose cache they stay in
+SCORES_OF_HEAD = 2**20  # how many of one head are, rather than fewer of more heads
+SCORES_OF_ACCELERATOR = 2**25  # how many
 FEWEST = 128  # queries attended to at once
 
 
@@ -88,14 +88,14 @@ def at_once(batch: int, heads: int, queries: int | None, keys: int | None, size:
     if queries is None or keys is None:
         return heads, None
 
-    def most(scores: int) -> int:
-        return max(FEWEST, 1 << max(scores // keys, 1).bit_length() - 1)
+    def queries_of(scores: int) -> int:
+        return min(queries, max(FEWEST, 1 << max(scores // keys, 1).bit_length() - 1))
 
     if not on_cpu():
-        return heads, min(queries, most(SCORES_OF_ACCELERATOR // (batch * heads)))
-    scores = SCORES // size // batch
-    chunk = min(queries, most(max(scores // heads, min(SCORES_OF_HEAD, scores))))
-    return divisor(heads, min(heads, max(1, scores // (chunk * keys)))), chunk
+        return heads, queries_of(SCORES_OF_ACCELERATOR // (batch * heads))
+    scores = SCORES // size // batch  # of one example
+    chunk = queries_of(max(scores // heads, min(SCORES_OF_HEAD, scores)))
+    return divisor(heads, max(1, scores // (chunk * keys))), chunk
 
 
 def _in_pieces(x, size: int | None, axis: int) -> list:
